@@ -1,0 +1,50 @@
+# make setup | chat | test | check | bench: each makes what it needs first and may be stopped and run again at any time.
+# Settings: PYTHON (3.11 or newer), TORCH (what pip is asked for), MODEL and PROMPT (chat), JOBS (test processes), OPENBLAS (a library).
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+BENCHES ?= decode
+OPENBLAS ?= $(firstword $(shell ls /usr/lib/*/openblas-pthread/libopenblas.so.0 2>/dev/null))
+export BMOJO_PROMPT := $(value PROMPT)
+
+# MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one. MLX has threads of its own, hence one.
+WITH_BLAS = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)" OPENBLAS_NUM_THREADS=1)
+
+.PHONY: help setup chat test check bench clean
+
+help:
+	@echo 'make setup               install everything into $(VENV)'
+	@echo 'make chat                talk to a small real model; PROMPT="..." asks once, MODEL=DIR takes another model'
+	@echo 'make test                run the tests'
+	@echo 'make check               lint, format, types, import rules'
+	@echo 'make bench               measure this machine'
+	@echo 'make clean               remove $(VENV) and caches'
+
+setup: $(READY)
+
+chat: $(READY)
+	@$(WITH_BLAS) $(BIN)/bmojo-edge chat $(if $(MODEL),"$(MODEL)") $(if $(BMOJO_PROMPT),--prompt "$$BMOJO_PROMPT")
+
+test: $(READY)
+	$(WITH_BLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	@for bench in $(BENCHES); do $(WITH_BLAS) $(BIN)/python apps/bench/$$bench.py $(ARGS) || exit; done
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last: a setup that was stopped starts again and finds most of its work done.
+$(READY): pyproject.toml scripts/setup.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh scripts/setup.sh
+	@touch $@

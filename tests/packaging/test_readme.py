@@ -1,0 +1,61 @@
+"""Every command in the documents exists: `make` targets, `bmojo-edge` verbs and each option given to them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands(program: str) -> list[str]:
+    """The commands of `program` in fenced blocks and code spans, without their comments."""
+    found: set[str] = set()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        fences = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+        lines = [line for fence in fences for line in fence.splitlines()]
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        for line in lines + spans:
+            match = re.search(rf"(?:^|(?<=\s)|(?<=/)){program}(\s.*|$)", line.split(" # ")[0].strip())
+            found |= {" ".join(match.group().split())} if match else set()
+    return sorted(found)
+
+
+def test_the_readme_has_the_commands_these_tests_look_for() -> None:
+    assert 'make chat PROMPT="What is the capital of France?"' in commands("make")
+    assert "make test" in commands("make")
+    assert any(command.startswith("bmojo-edge convert") for command in commands("bmojo-edge"))
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_target_exists(command: str) -> None:
+    dry_run = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert dry_run.returncode == 0, dry_run.stderr
+
+
+@cache
+def help_of(*verbs: str) -> str:
+    code = "import sys; from bmojo_edge.cli import main; sys.argv[0] = 'bmojo-edge'; sys.exit(main())"
+    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *verbs, "--help"], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", commands("bmojo-edge"))
+def test_verb_and_its_options_exist(command: str) -> None:
+    words = shlex.split(command)[1:]
+    verb = words[:1] if words and not words[0].startswith("-") else []
+    options = [word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)]
+    for option in options:
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_of(*verb)), option
+    assert help_of(*verb)

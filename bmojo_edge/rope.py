@@ -21,7 +21,9 @@ def _frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    assert s.original_max_position_embeddings and s.low_freq_factor and s.high_freq_factor
+    assert s.original_max_position_embeddings
+    assert s.low_freq_factor
+    assert s.high_freq_factor
     turns_in_context = s.original_max_position_embeddings * freq / (2 * np.pi)
     smooth = (turns_in_context - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -57,7 +59,7 @@ def _yarn_attention_factor(s: RopeScaling) -> float:
 
 
 def turns_per_token(config: Config) -> np.ndarray | None:
-    """Turns a token of each pair of dimensions, in units of 2^-64, (p / 2,) uint64; None where there are no positions."""
+    """Turns a token of each pair of dimensions, in 2^-64 of a turn, (p / 2,) uint64; None without positions."""
     if config.rope_theta is None:
         return None
     freq = _frequencies(config.rope_theta, config.d_head)

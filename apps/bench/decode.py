@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
 
 RESULTS = Path(__file__).parent / "results"
-OURS_WINDOWED, OURS_FULL, PEER = "bmojo-edge", "bmojo-edge, full attention", "mlx-lm"
+OURS_WINDOWED, OURS_FULL, PEER = "windowed", "full", "mlx-lm"  # what a worker holds
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 WARM, TIMED = 4, 24
 
@@ -228,8 +228,8 @@ def compare(model: Path, positions: list[int], prefill_up_to: int, engines: list
             seconds = statistics.median(t for a in answer for t in a["times"])
             rows.append(
                 {
-                    "engine": w.engine,
-                    "model": model.name,
+                    "engine": PEER if w.engine == PEER else "bmojo-edge",
+                    "model": model.name if w.engine == OURS_WINDOWED else f"{model.name}, full attention",
                     "dtype": w.dtype,
                     "position": position,
                     "prefill_tok_s": place["prefill_tok_s"],
@@ -278,7 +278,7 @@ def flatness(near: int, far: int, rounds: int) -> list[dict[str, Any]]:
             del state
     return [
         {
-            "engine": OURS_WINDOWED,
+            "engine": "bmojo-edge",
             "model": "tiny",
             "dtype": config.dtype,
             "position": goal,
@@ -302,11 +302,11 @@ def plot(results: Path) -> Path:
     found = json.loads(results.read_text(encoding="utf-8"))
     rows = [row for row in found["rows"] if row["model"] != "tiny"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for engine in dict.fromkeys(row["engine"] for row in rows):
-        mine = sorted((r for r in rows if r["engine"] == engine), key=lambda r: r["position"])
+    for engine, model in dict.fromkeys((row["engine"], row["model"]) for row in rows):
+        mine = sorted((r for r in rows if (r["engine"], r["model"]) == (engine, model)), key=lambda r: r["position"])
         x = [r["position"] for r in mine]
-        left.plot(x, [r["state_bytes"] / 2**20 for r in mine], marker="o", label=engine)
-        right.plot(x, [r["ms_per_token"] for r in mine], marker="o", label=engine)
+        left.plot(x, [r["state_bytes"] / 2**20 for r in mine], marker="o", label=f"{engine}: {model}")
+        right.plot(x, [r["ms_per_token"] for r in mine], marker="o")
     for axes, title in ((left, "state, MiB"), (right, "ms per token")):
         axes.set(title=title, xlabel="position", xscale="log", ylim=(0, None))
         axes.grid(alpha=0.3)

@@ -1,0 +1,128 @@
+"""Choosing the next token from logits: NumPy only, the same for every engine.
+
+The steps and their order are transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw.
+This module sees one row of logits at a time; it knows nothing of models or text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SamplingError(ValueError):
+    """An option of sampling is out of range (the message names it), or the logits are not numbers."""
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if good and math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+        return
+    start = f"greater than {low:g}" if open_low else f"at least {low:g}"
+    end = f" and at most {high:g}" if math.isfinite(high) else ""
+    raise SamplingError(f"{name}: must be a number {start}{end}, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises SamplingError unless `value` is a whole number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise SamplingError(f"{name}: must be a whole number of at least 0, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Raises SamplingError naming the field that is out of range.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 do nothing. The penalty
+    (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of tokens seen before. `seed` makes a run
+    repeatable on every machine that gives the same logits; None draws a new one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        check_count("top_k", self.top_k)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        if self.seed is not None:
+            check_count("seed", self.seed)
+
+
+class Choice(NamedTuple):
+    """A sampled token and its natural-log probability under the model's own distribution."""
+
+    id: int
+    logprob: float  # before penalty, temperature and filters
+
+
+def filtered(logits: NDArray[np.floating], sampling: Sampling, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Logits (v,) after penalty, temperature and filters; -inf where a token cannot be drawn. `temperature` > 0."""
+    scores = penalised(logits, sampling.repetition_penalty, seen)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf
+        scores = (scores - scores.max()) / sampling.temperature
+    if 0 < sampling.top_k < scores.size:
+        kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores[scores < kth] = -np.inf
+    if sampling.top_p < 1.0:
+        ascending = np.argsort(scores, kind="stable")
+        dropped = np.cumsum(_softmax(scores[ascending])) <= 1.0 - sampling.top_p
+        dropped[-1] = False  # the likeliest always stays
+        scores[ascending[dropped]] = -np.inf
+    if sampling.min_p > 0.0:
+        scores[scores < scores.max() + math.log(sampling.min_p)] = -np.inf
+    return scores
+
+
+def penalised(logits: NDArray[np.floating], penalty: float, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """A float64 copy of logits (v,) with tokens in `seen` (v,) made less likely by `penalty` > 1."""
+    scores = logits.astype(np.float64)
+    if penalty != 1.0:
+        repeated = scores[seen]
+        scores[seen] = np.where(repeated < 0, repeated * penalty, repeated / penalty)
+    return scores
+
+
+def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    p = np.exp(scores - scores.max())
+    return p / p.sum()
+
+
+class Sampler:
+    """Draws tokens one after another, remembering which were seen for the repetition penalty.
+
+    `context` are ids seen before the first draw: the prompt, or a session's last `window` tokens.
+    """
+
+    def __init__(self, sampling: Sampling, vocab_size: int, context: Iterable[int] = ()) -> None:
+        self.sampling = sampling
+        self._rng = np.random.default_rng(sampling.seed)
+        self._seen = np.zeros(vocab_size, dtype=np.bool_)
+        self._seen[list(context)] = True
+
+    def choose(self, logits: NDArray[np.floating]) -> Choice:
+        """The next token from logits (v,). Raises SamplingError where they are not numbers."""
+        top = float(logits.max())
+        if not math.isfinite(top):  # a NaN anywhere makes the maximum NaN
+            raise SamplingError(f"logits: their maximum is {top}; the model computed something that is not a number")
+        if self.sampling.temperature == 0.0:
+            penalty = self.sampling.repetition_penalty
+            chosen = int((logits if penalty == 1.0 else penalised(logits, penalty, self._seen)).argmax())
+        else:
+            cumulative = np.cumsum(_softmax(filtered(logits, self.sampling, self._seen)))
+            drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
+            chosen = int(min(drawn, np.flatnonzero(cumulative == cumulative[-1])[0]))
+        self._seen[chosen] = True
+        spread = np.exp(logits - top).sum(dtype=np.float64)
+        return Choice(chosen, float(logits[chosen]) - top - math.log(spread))

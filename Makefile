@@ -1,5 +1,6 @@
 # make setup | chat | test | check | bench: each makes what it needs first and may be stopped and run again at any time.
-# Settings: PYTHON (3.11 or newer), TORCH (what pip is asked for), MODEL and PROMPT (chat), JOBS (test processes), OPENBLAS (a library).
+# Settings: PYTHON (3.11 or newer), TORCH (what pip is asked for), MODEL and PROMPT (chat), ARGS (test, bench), JOBS (test processes),
+# OPENBLAS (a library) and BLAS_THREADS (its threads in chat and bench).
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +9,13 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 BENCHES ?= decode
 OPENBLAS ?= $(firstword $(shell ls /usr/lib/*/openblas-pthread/libopenblas.so.0 2>/dev/null))
+BLAS_THREADS ?= 2
+# The prompt reaches the shell through its environment, just as it was typed.
 export BMOJO_PROMPT := $(value PROMPT)
+unexport PROMPT
 
-# MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one. MLX has threads of its own, hence one.
-WITH_BLAS = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)" OPENBLAS_NUM_THREADS=1)
+# MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one.
+PRELOAD = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)")
 
 .PHONY: help setup chat test check bench clean
 
@@ -26,10 +30,10 @@ help:
 setup: $(READY)
 
 chat: $(READY)
-	@$(WITH_BLAS) $(BIN)/bmojo-edge chat $(if $(MODEL),"$(MODEL)") $(if $(BMOJO_PROMPT),--prompt "$$BMOJO_PROMPT")
+	@OPENBLAS_NUM_THREADS=$(BLAS_THREADS) $(PRELOAD) $(BIN)/bmojo-edge chat $(if $(MODEL),"$(MODEL)") $(if $(BMOJO_PROMPT),--prompt "$$BMOJO_PROMPT")
 
 test: $(READY)
-	$(WITH_BLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -38,7 +42,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for bench in $(BENCHES); do $(WITH_BLAS) $(BIN)/python apps/bench/$$bench.py $(ARGS) || exit; done
+	@for bench in $(BENCHES); do OPENBLAS_NUM_THREADS=$(BLAS_THREADS) $(PRELOAD) $(BIN)/python apps/bench/$$bench.py $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

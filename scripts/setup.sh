@@ -15,10 +15,7 @@ is_usable() {
 }
 
 make_venv() {
-    if is_usable "$VENV/bin/python"; then
-        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip
-        return
-    fi
+    if [ -x "$VENV/bin/pip" ] && is_usable "$VENV/bin/python"; then return; fi
     for python in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.14}; do
         if is_usable "$python"; then
             say "creating $VENV with $("$python" --version)"
@@ -76,6 +73,9 @@ install_system_libraries() {
 apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
 }
+
+# pip ends in its own way on Ctrl-C; without this, a shell may take that for "could not" and go on.
+trap 'exit 130' INT TERM
 
 make_venv
 install_torch

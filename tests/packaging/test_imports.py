@@ -27,6 +27,7 @@ sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys
 """
 MLX_SIDE = {"mlx", "mlx_lm"}
 TORCH_SIDE = {"torch", "triton", "transformers"}
+NEUTRAL = [f"bmojo_edge.{name}" for name in ("config", "reference", "checkpoint", "tokenizer", "generate", "session")]
 
 
 def run(code: str, absent: Set[str] = frozenset()) -> str:
@@ -52,7 +53,7 @@ def test_import_is_light() -> None:
     assert not loaded & {"mlx", "torch", "typer", "rich", "numpy", "transformers", "huggingface_hub", "tokenizers"}
 
 
-@pytest.mark.parametrize("module", ["bmojo_edge.config", "bmojo_edge.reference", "bmojo_edge.checkpoint"])
+@pytest.mark.parametrize("module", NEUTRAL)
 def test_neutral_modules_need_no_engine(module: str) -> None:
     run(f"import {module}, sys; assert {module!r} in sys.modules", MLX_SIDE | TORCH_SIDE | {"typer"})
 
@@ -62,7 +63,7 @@ def test_torch_side_imports_without_mlx(module: str) -> None:
     run(f"import {module}, sys; assert {module!r} in sys.modules", MLX_SIDE | {"triton"})
 
 
-@pytest.mark.parametrize("module", ["bmojo_edge.mlx", "bmojo_edge.generate", "bmojo_edge.session", "bmojo_metal"])
+@pytest.mark.parametrize("module", ["bmojo_edge.mlx", "bmojo_metal"])
 def test_mlx_side_imports_without_torch(module: str) -> None:
     run(f"import {module}, sys; assert 'bmojo_edge.torch' not in sys.modules", TORCH_SIDE | {"typer"})
 

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-_T = TypeVar("_T")
+from bmojo_edge.checks import ConfigError, check_bool, check_choice, check_int, check_number, fail, table
+from bmojo_edge.ssm_config import SSM, SSM_KINDS, fields_of, resolve
 
-SSM_KINDS = ("mamba",)
+__all__ = [
+    "DTYPES",
+    "SSM",
+    "SSM_KINDS",
+    "Config",
+    "ConfigError",
+    "Experts",
+    "Innovation",
+    "Quantization",
+    "RopeScaling",
+]
+
 LAYER_TYPES = ("bmojo", "attention", *SSM_KINDS)
 DTYPES = ("float32", "float16", "bfloat16")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
@@ -29,72 +40,6 @@ _FOREIGN_KEYS = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A field of a configuration is missing, unknown or out of range; the message names it."""
-
-
-def _fail(field: str, message: str) -> None:
-    raise ConfigError(f"{field}: {message}")
-
-
-def _check_int(field: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        _fail(field, f"must be an integer, got {value!r}")
-    elif value < minimum:
-        _fail(field, f"must be at least {minimum}, got {value}")
-
-
-def _check_number(field: str, value: object, above: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        _fail(field, f"must be a finite number, got {value!r}")
-    elif value <= above:
-        _fail(field, f"must be greater than {above}, got {value}")
-
-
-def _check_bool(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        _fail(field, f"must be true or false, got {value!r}")
-
-
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        _fail(field, f"must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _table(cls: type[_T], field: str, value: object) -> _T:
-    """A nested table from its dataclass or its mapping; unknown keys are refused by name."""
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{field}: must be a table, got {value!r}")
-    names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    for key in value:
-        if key not in names:
-            _fail(f"{field}.{key}", f"is not a known field; known are {', '.join(sorted(names))}")
-    return cls(**value)
-
-
-@dataclass(frozen=True, slots=True)
-class SSM:
-    """The state-space mixer of a layer (docs/model.md section 4). `dt_rank` None means ceil(d_model / 16)."""
-
-    kind: str = "mamba"
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    dt_rank: int | None = None
-    dt_bc_norm: bool = False  # RMSNorm on dt, B and C, as Jamba has it
-
-    def __post_init__(self) -> None:
-        _check_choice("ssm.kind", self.kind, SSM_KINDS)
-        _check_int("ssm.d_state", self.d_state, 1)
-        _check_int("ssm.d_conv", self.d_conv, 1)
-        _check_int("ssm.expand", self.expand, 1)
-        if self.dt_rank is not None:
-            _check_int("ssm.dt_rank", self.dt_rank, 1)
-        _check_bool("ssm.dt_bc_norm", self.dt_bc_norm)
-
-
 @dataclass(frozen=True, slots=True)
 class Innovation:
     """How unpredictability is scored (docs/model.md section 3, step 5)."""
@@ -105,9 +50,9 @@ class Innovation:
 
     def __post_init__(self) -> None:
         if self.signal is not None:
-            _check_choice("innovation.signal", self.signal, ("ssm_output", "input"))
-        _check_choice("innovation.error", self.error, ("relative", "l2"))
-        _check_int("innovation.taps", self.taps, 1)
+            check_choice("innovation.signal", self.signal, ("ssm_output", "input"))
+        check_choice("innovation.error", self.error, ("relative", "l2"))
+        check_int("innovation.taps", self.taps, 1)
 
     def coefficients(self) -> list[float]:
         """c_1 .. c_taps: geometric with ratio 1/2, summing to 1; c_1 weighs the latest value."""
@@ -132,8 +77,8 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("rope_scaling.rope_type", self.rope_type, ROPE_TYPES)
-        _check_number("rope_scaling.factor", self.factor, 0.0)
+        check_choice("rope_scaling.rope_type", self.rope_type, ROPE_TYPES)
+        check_number("rope_scaling.factor", self.factor, 0.0)
         needed: tuple[str, ...] = ()
         if self.rope_type == "llama3":
             needed = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
@@ -141,7 +86,7 @@ class RopeScaling:
             needed = ("original_max_position_embeddings",)
         for name in needed:
             if getattr(self, name) is None:
-                _fail(f"rope_scaling.{name}", f"is required by rope_type {self.rope_type!r}")
+                fail(f"rope_scaling.{name}", f"is required by rope_type {self.rope_type!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +98,10 @@ class Experts:
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_int("experts.n", self.n, 1)
-        _check_int("experts.per_token", self.per_token, 1)
+        check_int("experts.n", self.n, 1)
+        check_int("experts.per_token", self.per_token, 1)
         if self.per_token > self.n:
-            _fail("experts.per_token", f"must be at most experts.n ({self.n}), got {self.per_token}")
+            fail("experts.per_token", f"must be at most experts.n ({self.n}), got {self.per_token}")
         object.__setattr__(self, "layers", tuple(self.layers))
 
 
@@ -170,17 +115,18 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 5, 6, 8):
-            _fail("quantization.bits", f"must be one of 2, 3, 4, 5, 6, 8, got {self.bits!r}")
+            fail("quantization.bits", f"must be one of 2, 3, 4, 5, 6, 8, got {self.bits!r}")
         if self.group_size not in (32, 64, 128):
-            _fail("quantization.group_size", f"must be one of 32, 64, 128, got {self.group_size!r}")
-        _check_choice("quantization.mode", self.mode, ("affine",))
+            fail("quantization.group_size", f"must be one of 32, 64, 128, got {self.group_size!r}")
+        check_choice("quantization.mode", self.mode, ("affine",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A model's configuration. Fields left None get the default named beside them and are concrete afterwards.
 
-    Tables (`ssm`, `innovation`, `rope_scaling`, `experts`, `quantization`) may be given as mappings.
+    Tables (`ssm`, `innovation`, `rope_scaling`, `experts`, `quantization`) may be given as mappings. Where layers are
+    of several SSM kinds, fields of `ssm` left None stay so: each kind has its own default, see `ssm_of`.
     Raises ConfigError naming the field that is wrong.
     """
 
@@ -213,21 +159,22 @@ class Config:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_types, str) or not isinstance(self.layer_types, tuple | list) or not self.layer_types:
-            _fail("layer_types", f"must be a list with one entry per layer, got {self.layer_types!r}")
+            fail("layer_types", f"must be a list with one entry per layer, got {self.layer_types!r}")
         self._set(layer_types=tuple(self.layer_types))
         for i, kind in enumerate(self.layer_types):
-            _check_choice(f"layer_types[{i}]", kind, LAYER_TYPES)
+            check_choice(f"layer_types[{i}]", kind, LAYER_TYPES)
         if self.n_layers is not None and self.n_layers != len(self.layer_types):
-            _fail("n_layers", f"is {self.n_layers!r} but layer_types has {len(self.layer_types)} entries")
+            fail("n_layers", f"is {self.n_layers!r} but layer_types has {len(self.layer_types)} entries")
         self._set(n_layers=len(self.layer_types))
         self._resolve_tables()
         self._check_widths()
+        self._resolve_ssm()
         self._check_attention_window()
         self._check_memories()
         for name in ("qk_norm", "attention_bias", "tie_kv", "tie_embeddings"):
-            _check_bool(name, getattr(self, name))
-        _check_number("norm_eps", self.norm_eps, 0.0)
-        _check_choice("dtype", self.dtype, DTYPES)
+            check_bool(name, getattr(self, name))
+        check_number("norm_eps", self.norm_eps, 0.0)
+        check_choice("dtype", self.dtype, DTYPES)
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
@@ -237,69 +184,84 @@ class Config:
         optional = {"rope_scaling": RopeScaling, "experts": Experts, "quantization": Quantization, "ssm": SSM}
         for name, cls in optional.items():
             if getattr(self, name) is not None:
-                self._set(**{name: _table(cls, name, getattr(self, name))})
-        self._set(innovation=_table(Innovation, "innovation", {} if self.innovation is None else self.innovation))
+                self._set(**{name: table(cls, name, getattr(self, name))})
+        self._set(innovation=table(Innovation, "innovation", {} if self.innovation is None else self.innovation))
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "default":
             self._set(rope_scaling=None)
         if self.ssm is None:
             named = [kind for kind in self.layer_types if kind in SSM_KINDS]
             if named:
                 self._set(ssm=SSM(kind=named[0]))
-        if self.ssm is not None and self.ssm.dt_rank is None and isinstance(self.d_model, int):
-            self._set(ssm=dataclasses.replace(self.ssm, dt_rank=math.ceil(self.d_model / 16)))
         for i in self.experts.layers if self.experts else ():
-            _check_int("experts.layers", i, 0)
+            check_int("experts.layers", i, 0)
             if i >= len(self.layer_types):
-                _fail("experts.layers", f"names layer {i} but there are {len(self.layer_types)}")
+                fail("experts.layers", f"names layer {i} but there are {len(self.layer_types)}")
 
     def _check_widths(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("d_ff", self.d_ff, 0)
+            check_int(name, getattr(self, name), 1)
+        check_int("d_ff", self.d_ff, 0)
         if self.n_kv_heads is None:
             self._set(n_kv_heads=self.n_heads)
-        _check_int("n_kv_heads", self.n_kv_heads, 1)
+        check_int("n_kv_heads", self.n_kv_heads, 1)
         if self.n_heads % self.kv_heads:
-            _fail("n_kv_heads", f"must divide n_heads ({self.n_heads}), got {self.n_kv_heads}")
+            fail("n_kv_heads", f"must divide n_heads ({self.n_heads}), got {self.n_kv_heads}")
         if self.head_dim is None:
             if self.d_model % self.n_heads:
-                _fail("head_dim", f"must be given: n_heads ({self.n_heads}) does not divide d_model ({self.d_model})")
+                fail("head_dim", f"must be given: n_heads ({self.n_heads}) does not divide d_model ({self.d_model})")
             self._set(head_dim=self.d_model // self.n_heads)
-        _check_int("head_dim", self.head_dim, 1)
+        check_int("head_dim", self.head_dim, 1)
         if self.rope_theta is not None:
-            _check_number("rope_theta", self.rope_theta, 0.0)
+            check_number("rope_theta", self.rope_theta, 0.0)
             if self.d_head % 2:
-                _fail("head_dim", f"must be even where rope_theta is set, got {self.head_dim}")
+                fail("head_dim", f"must be even where rope_theta is set, got {self.head_dim}")
         elif self.rope_scaling is not None:
-            _fail("rope_scaling", "is set but rope_theta is null (no positions to scale)")
+            fail("rope_scaling", "is set but rope_theta is null (no positions to scale)")
+
+    def _resolve_ssm(self) -> None:
+        """Check `ssm` as every layer reads it; it becomes concrete itself where all layers read it as one kind."""
+        if self.ssm is None:
+            return
+        kinds = {self.ssm.kind, *(kind for kind in self.layer_types if kind in SSM_KINDS)}
+        known = {"kind"}.union(*(fields_of(kind) for kind in kinds))
+        for name in (f.name for f in dataclasses.fields(self.ssm)):
+            if name not in known and getattr(self.ssm, name) is not None:
+                fail(f"ssm.{name}", f"is not a field of {' or '.join(sorted(kinds))}")
+        concrete = [self._ssm_as(kind) for kind in sorted(kinds)]
+        if len(concrete) == 1:
+            self._set(ssm=concrete[0])
+
+    def _ssm_as(self, kind: str) -> SSM:
+        assert self.ssm is not None
+        return resolve(self.ssm, kind, self.d_model, self.n_heads, self.kv_heads, self.d_head)
 
     def _check_attention_window(self) -> None:
         given = self.attention_window
         if isinstance(given, list | tuple):
             self._set(attention_window=tuple(given))
             if len(given) != len(self.layer_types):
-                _fail("attention_window", f"lists {len(given)} layers but there are {len(self.layer_types)}")
+                fail("attention_window", f"lists {len(given)} layers but there are {len(self.layer_types)}")
         for w in given if isinstance(given, list | tuple) else [given]:
             if w is not None:
-                _check_int("attention_window", w, 1)
+                check_int("attention_window", w, 1)
 
     def _check_memories(self) -> None:
-        _check_int("window", self.window, 1)
-        _check_int("n_eidetic", self.n_eidetic, 0)
-        _check_int("n_sinks", self.n_sinks, 0)
+        check_int("window", self.window, 1)
+        check_int("n_eidetic", self.n_eidetic, 0)
+        check_int("n_sinks", self.n_sinks, 0)
         if self.chunk is None:
             self._set(chunk=min(64, self.window))
-        _check_int("chunk", self.chunk, 1)
+        check_int("chunk", self.chunk, 1)
         if self.chunk_size > self.window:
-            _fail("chunk", f"must be at most window ({self.window}), got {self.chunk}")
+            fail("chunk", f"must be at most window ({self.window}), got {self.chunk}")
         if self.n_fading is None:
             self._set(n_fading=self.window if self.ssm else 0)
-        _check_int("n_fading", self.n_fading, 0)
+        check_int("n_fading", self.n_fading, 0)
         if self.ssm is None:
             if self.n_fading:
-                _fail("n_fading", f"must be 0 where ssm is null (there is nothing to fade), got {self.n_fading}")
+                fail("n_fading", f"must be 0 where ssm is null (there is nothing to fade), got {self.n_fading}")
             if self.innovation.signal == "ssm_output":
-                _fail("innovation.signal", "is 'ssm_output' but ssm is null; use 'input' or null")
+                fail("innovation.signal", "is 'ssm_output' but ssm is null; use 'input' or null")
 
     # Concrete views of fields that may be left None when constructing.
     @property
@@ -327,13 +289,11 @@ class Config:
         return self.n_fading
 
     def ssm_of(self, layer: int) -> SSM | None:
-        """The SSM of a layer: `ssm` in a bmojo layer, `ssm` with the layer's own kind where its type names one."""
+        """The SSM of a layer, concrete: `ssm`, with the layer's own kind where its type names one."""
         kind = self.layer_types[layer]
-        if kind == "attention":
+        if kind == "attention" or self.ssm is None:
             return None
-        if kind == "bmojo" or self.ssm is None:
-            return self.ssm
-        return dataclasses.replace(self.ssm, kind=kind)
+        return self._ssm_as(self.ssm.kind if kind == "bmojo" else kind)
 
     def attention_window_of(self, layer: int) -> int | None:
         """How far an `attention` layer sees; None is full attention with a growing cache."""
@@ -368,7 +328,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, with `model_type`."""
-        return {"model_type": "bmojo", **json.loads(json.dumps(dataclasses.asdict(self)))}
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.ssm is not None:
+            fields["ssm"] = {name: value for name, value in fields["ssm"].items() if value is not None}
+        return {"model_type": "bmojo", **fields}
 
     def to_json(self) -> str:
         """The text of config.json."""
@@ -391,17 +354,17 @@ class Config:
         names = {f.name for f in dataclasses.fields(cls)}
         for key in source:
             if key not in names and key not in _FOREIGN_KEYS:
-                _fail(key, "is not a known field of a bmojo config")
+                fail(key, "is not a known field of a bmojo config")
         for key in ("vocab_size", "d_model", "layer_types"):
             if key not in source:
-                _fail(key, "is missing")
+                fail(key, "is missing")
         return cls(**{key: value for key, value in source.items() if key in names})
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
         """A named configuration with any field overridden; `ssm` and `innovation` tables merge, `ssm=None` removes it.
 
-        `n_layers` alone repeats the preset's layer type.
+        An `ssm` of another kind starts from that kind's defaults. `n_layers` alone repeats the preset's layer type.
         """
         from bmojo_edge.presets import PRESETS
 
@@ -411,11 +374,14 @@ class Config:
         names = {f.name for f in dataclasses.fields(cls)}
         for key, value in overrides.items():
             if key not in names:
-                _fail(key, "is not a known field of a bmojo config")
+                fail(key, "is not a known field of a bmojo config")
             base = fields.get(key)
+            if key == "ssm" and isinstance(base, Mapping) and isinstance(value, Mapping):
+                same = value.get("kind", base["kind"]) == base["kind"]
+                base = base if same else {}  # another kind's sizes say nothing about this one
             merges = key in ("ssm", "innovation") and isinstance(base, Mapping) and isinstance(value, Mapping)
             fields[key] = {**base, **value} if merges and base is not None else value
         if overrides.get("n_layers") is not None and "layer_types" not in overrides:
-            _check_int("n_layers", overrides["n_layers"], 1)
+            check_int("n_layers", overrides["n_layers"], 1)
             fields["layer_types"] = (fields["layer_types"][0],) * overrides["n_layers"]
         return cls(**fields)

@@ -1,6 +1,7 @@
 """The names and shapes of every parameter of a model, from its config: the contract of checkpoints and twins.
 
-Shapes are those of PyTorch's `nn.Linear` (out, in). docs/checkpoints.md explains each name.
+Shapes are those of PyTorch's `nn.Linear` (out, in). docs/checkpoints.md explains each name, docs/mixers.md
+those of the mixers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 
 from bmojo_edge.config import SSM, Config
+from bmojo_edge.ssm_config import delta_sizes, mamba2_sizes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,12 +28,77 @@ def _mamba(config: Config, ssm: SSM) -> Shapes:
         "D": (d_inner,),
         "out_proj.weight": (d, d_inner),
     }
+    if not ssm.conv_bias:
+        del shapes["conv.bias"]
+    if ssm.bias:
+        shapes |= {"in_proj.bias": (2 * d_inner,), "out_proj.bias": (d,)}
     if ssm.dt_bc_norm:
         shapes |= {"dt_norm.weight": (r,), "B_norm.weight": (n,), "C_norm.weight": (n,)}
     return shapes
 
 
-SSM_SHAPES = {"mamba": _mamba}
+def _mamba2(config: Config, ssm: SSM) -> Shapes:
+    size, d = mamba2_sizes(ssm), config.d_model
+    channels, h = sum(size.widths), size.heads
+    rows = size.d_inner + channels + h  # z, x, B, C, dt
+    shapes: Shapes = {
+        "in_proj.weight": (rows, d),
+        "conv.weight": (channels, ssm.d_conv),
+        "dt_bias": (h,),
+        "A_log": (h,),
+        "D": (h,),
+        "norm.weight": (size.d_inner,),
+        "out_proj.weight": (d, size.d_inner),
+    }
+    if ssm.conv_bias:
+        shapes["conv.bias"] = (channels,)
+    if ssm.bias:
+        shapes |= {"in_proj.bias": (rows,), "out_proj.bias": (d,)}
+    if ssm.bc_norm:
+        shapes |= {"B_norm.weight": (size.d_state,), "C_norm.weight": (size.d_state,)}
+    return shapes
+
+
+def _delta(config: Config, ssm: SSM, convolved: str) -> Shapes:
+    """What gdn and gka share: projections, convolutions of the named ones, expansion of k and v, output."""
+    size, d = delta_sizes(ssm), config.d_model
+    wide = size.heads * size.head_dim
+    widths = dict(zip("qkv", size.widths, strict=True))
+    shapes: Shapes = {f"{x}_proj.weight": (width, d) for x, width in widths.items()}
+    shapes |= {f"{x}_conv.weight": (widths[x], ssm.d_conv) for x in convolved}
+    if ssm.conv_bias:
+        shapes |= {f"{x}_conv.bias": (widths[x],) for x in convolved}
+    if size.expands_kv:
+        rank = ssm.kv_proj_rank
+        assert rank is not None
+        for x, heads in (("k", size.k_heads), ("v", size.v_heads)):
+            shapes |= {f"proj_{x}.linearA.weight": (rank, widths[x]), f"proj_{x}.linearB.weight": (wide, rank)}
+            if ssm.kv_learnable_residual:
+                shapes[f"{x}_rep"] = (size.heads, heads)
+    if ssm.use_gate:
+        shapes["g_proj.weight"] = (wide, d)
+    return shapes | {"o_norm.weight": (size.head_dim,), "o_proj.weight": (d, wide)}
+
+
+def _gdn(config: Config, ssm: SSM) -> Shapes:
+    h, d = delta_sizes(ssm).heads, config.d_model
+    gates: Shapes = {"b_proj.weight": (h, d), "gk_proj.weight": (h, d), "A_log": (h,), "dt_bias": (h,)}
+    return _delta(config, ssm, "qkv" if ssm.use_short_conv else "") | gates
+
+
+def _gka(config: Config, ssm: SSM) -> Shapes:
+    h, d = delta_sizes(ssm).heads, config.d_model
+    shapes = _delta(config, ssm, "qkv" if ssm.use_v_conv else "qk")
+    if ssm.use_forgetting_gate:
+        shapes |= {"a_proj.weight": (h, d), "A_log": (h,), "dt_bias": (h,)}
+    if ssm.use_beta_gate:
+        shapes |= {"b_proj.weight": (h, d), "b_proj.bias": (h,)}
+    if ssm.use_alpha_connection:
+        shapes |= {"alpha_proj.weight": (h, d), "alpha_proj.bias": (h,)}
+    return shapes
+
+
+SSM_SHAPES = {"mamba": _mamba, "mamba2": _mamba2, "gdn": _gdn, "gka": _gka}
 
 
 def _projections(config: Config) -> Shapes:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bmojo_edge.config import Config
+from bmojo_edge.reference_delta import gdn, gka
+from bmojo_edge.reference_mamba2 import mamba2
 from bmojo_edge.reference_memory import (
     Projected,
     attend,
@@ -28,11 +30,13 @@ from bmojo_edge.reference_memory import (
     rows,
     slot_positions,
 )
-from bmojo_edge.reference_ssm import MIXERS, Weights, rms_norm, silu
+from bmojo_edge.reference_ssm import Weights, mamba, rms_norm, silu
 from bmojo_edge.rope import softmax_scale, turns_per_token
 from bmojo_edge.state import AttentionState, Leaf, State, capacity, map_leaves, state_spec
 
 Array = np.ndarray
+
+MIXERS = {"mamba": mamba, "mamba2": mamba2, "gdn": gdn, "gka": gka}
 
 
 class Memory(NamedTuple):

@@ -1,4 +1,4 @@
-"""State-space mixers of the oracle (docs/model.md section 4), and the small functions all of it shares.
+"""Mamba of the oracle (docs/model.md section 4), and the small functions all of its mixers share.
 
 Every mixer is `mixer(config, ssm, weights, u, state) -> (y, state)` over one sequence: u (t, d), y (t, d), the state
 without a batch axis; None is the state of a sequence that starts here.
@@ -71,8 +71,9 @@ def mamba(config: Config, ssm: SSM, w: Weights, u: Array, state: MambaState | No
     assert r is not None
     if state is None:
         state = MambaState(np.zeros((ssm.d_conv - 1, d_inner), u.dtype), np.zeros((d_inner, n), u.dtype))
-    x, z = np.split(u @ w["in_proj.weight"].T, 2, axis=-1)  # (t, d_inner)
-    x, conv = causal_conv(x, state.conv, w["conv.weight"], w["conv.bias"])
+    xz = u @ w["in_proj.weight"].T + (w["in_proj.bias"] if ssm.bias else 0)
+    x, z = np.split(xz, 2, axis=-1)  # (t, d_inner)
+    x, conv = causal_conv(x, state.conv, w["conv.weight"], w["conv.bias"] if ssm.conv_bias else None)
     x = silu(x)
     dt, B, C = np.split(x @ w["x_proj.weight"].T, [r, r + n], axis=-1)  # (t, r), (t, n), (t, n)
     if ssm.dt_bc_norm:
@@ -85,7 +86,5 @@ def mamba(config: Config, ssm: SSM, w: Weights, u: Array, state: MambaState | No
     for i in range(len(x)):
         s = np.exp(dt[i, :, None] * A) * s + (dt[i] * x[i])[:, None] * B[i]
         out[i] = s @ C[i] + D * x[i]
-    return (out * silu(z)) @ w["out_proj.weight"].T, MambaState(conv, s)
-
-
-MIXERS = {"mamba": mamba}
+    y = (out * silu(z)) @ w["out_proj.weight"].T + (w["out_proj.bias"] if ssm.bias else 0)
+    return y, MambaState(conv, s)

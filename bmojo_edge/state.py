@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from bmojo_edge.config import ITEMSIZE, SSM, Config
+from bmojo_edge.ssm_config import conv_channels, delta_sizes
 
 # A growing cache is allocated in steps of this many tokens, as mlx-lm does.
 GROWTH = 256
@@ -62,6 +63,28 @@ class MambaState(NamedTuple):
     ssm: Any  # (b, d_inner, d_state) float32
 
 
+class Mamba2State(NamedTuple):
+    """Mamba-2: the last d_conv - 1 inputs of the convolution (x, B, C), oldest first, and the state of every head."""
+
+    conv: Any  # (b, d_conv - 1, channels of x, B and C)
+    ssm: Any  # (b, heads, head_dim, d_state) float32
+
+
+class GDNState(NamedTuple):
+    """Gated DeltaNet: the last d_conv - 1 of q, k and v before their convolutions, and the map from keys to values."""
+
+    conv: Any  # (b, d_conv - 1, channels of q, k and v), () without convolutions
+    ssm: Any  # (b, heads, p of v, p of k) float32
+
+
+class GKAState(NamedTuple):
+    """Gated KalmaNet: the last d_conv - 1 of q, k (and v), the keys' Gram matrix H and the values' map U."""
+
+    conv: Any  # (b, d_conv - 1, channels of q, k and, where it is convolved, v)
+    H: Any  # (b, heads, p, p) float32: sum of decayed k k^T
+    U: Any  # (b, heads, p of v, p of k) float32: sum of decayed v k^T
+
+
 class BMojoState(NamedTuple):
     """All memories of one bmojo layer."""
 
@@ -70,7 +93,7 @@ class BMojoState(NamedTuple):
     sinks: Any  # SinkState | ()
     eidetic: Any  # EideticState | ()
     history: Any  # (b, taps, d_model) float32: the last values of the innovation's signal, oldest first | ()
-    ssm: Any  # MambaState | ()
+    ssm: Any  # MambaState | Mamba2State | GDNState | GKAState | ()
 
 
 class AttentionState(NamedTuple):
@@ -93,12 +116,15 @@ def capacity(tokens: int) -> int:
     return math.ceil(tokens / GROWTH) * GROWTH
 
 
-def _ssm_spec(ssm: SSM, config: Config, batch: int) -> MambaState:
-    d_inner = ssm.expand * config.d_model
-    return MambaState(
-        conv=Leaf((batch, ssm.d_conv - 1, d_inner), config.dtype),
-        ssm=Leaf((batch, d_inner, ssm.d_state), "float32"),
-    )
+def _ssm_spec(ssm: SSM, config: Config, batch: int) -> Any:
+    channels = conv_channels(ssm, config.d_model)
+    conv = Leaf((batch, ssm.d_conv - 1, channels), config.dtype) if channels else ()
+    if ssm.kind == "mamba":
+        return MambaState(conv, Leaf((batch, channels, ssm.d_state), "float32"))
+    if ssm.kind == "mamba2":
+        return Mamba2State(conv, Leaf((batch, ssm.n_heads, ssm.head_dim, ssm.d_state), "float32"))
+    square = Leaf((batch, delta_sizes(ssm).heads, ssm.head_dim, ssm.head_dim), "float32")
+    return GDNState(conv, square) if ssm.kind == "gdn" else GKAState(conv, square, square)
 
 
 def _layer_spec(config: Config, layer: int, batch: int, tokens: int) -> Any:

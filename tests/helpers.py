@@ -86,7 +86,7 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             return 1 + 0.1 * noise
         if last == "A_log":
             return np.log(np.arange(1, shape[-1] + 1)) + 0.1 * noise
-        if name.endswith("dt_proj.bias"):
+        if name.endswith(("dt_proj.bias", "dt_bias")):
             return -2 + 0.1 * noise  # steps of about 0.13, so that the state remembers some tens of tokens
         if last == "bias":
             return 0.1 * noise

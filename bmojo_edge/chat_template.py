@@ -40,6 +40,12 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """`namespace()` for templates, without names that begin with an underscore."""
 
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's own: `self` may be one of the names
+        self, *rest = args
+        jinja2.utils.Namespace.__init__(self)
+        for name, value in dict(*rest, **kwargs).items():
+            self[name] = value
+
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")

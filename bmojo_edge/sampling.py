@@ -20,9 +20,10 @@ class SamplingError(ValueError):
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if good and math.isfinite(value) and low <= value <= high and not (open_low and value == low):
-        return
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        x = float(value)
+        if math.isfinite(x) and low <= x <= high and not (open_low and x == low):
+            return
     start = f"greater than {low:g}" if open_low else f"at least {low:g}"
     end = f" and at most {high:g}" if math.isfinite(high) else ""
     raise SamplingError(f"{name}: must be a number {start}{end}, got {value!r}")

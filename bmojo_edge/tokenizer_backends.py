@@ -88,10 +88,11 @@ class SentencePieceBackend:
         self._first = SentencePieceProcessor(model_proto=model)
         self._next = SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         self._n_pieces = self._first.vocab_size()
-        control = {self._first.id_to_piece(i): i for i in range(self._n_pieces) if self._first.is_control(i)}
-        self._added = control | dict(added)
+        kinds = (self._first.is_control, self._first.is_unknown)
+        special = {self._first.id_to_piece(i): i for i in range(self._n_pieces) if any(kind(i) for kind in kinds)}
+        self._added = special | dict(added)
         self._added_tokens = {i: token for token, i in self._added.items()}
-        self.special_ids = frozenset({*control.values(), *added.values(), *self._ids(self._first.unk_id())})
+        self.special_ids = frozenset(self._added.values())
         self.size = max(self._n_pieces, max(self._added.values(), default=-1) + 1)
         self.bos_id, self.eos_id = self._first.bos_id(), self._first.eos_id()  # -1 where there is none
         self._prefix = self._ids(self.bos_id) if add_bos else []

@@ -1,0 +1,79 @@
+"""From the text of a kernel to a shared object with one entry: msl_entry(void** arguments, const msl_thread*)."""
+
+from pathlib import Path
+from typing import Literal
+
+from .errors import CompileError
+from .rewrite import rewrite
+from .runtime import runtime_library
+from .signature import GeneratedKernel
+from .toolchain import KERNEL_FLAGS, MODE_FLAGS, cached, compile_with, include_flags
+
+Mode = Literal["fast", "check"]
+
+# Each thread attribute out of `thread_id`, an msl_thread (include/msl/thread_id.h).
+_ATTRIBUTE_VALUES = {
+    "thread_position_in_grid": "MSL_UINT3(thread_id->position_in_grid)",
+    "thread_position_in_threadgroup": "MSL_UINT3(thread_id->position_in_threadgroup)",
+    "threadgroup_position_in_grid": "MSL_UINT3(thread_id->threadgroup_position)",
+    "threadgroups_per_grid": "MSL_UINT3(thread_id->threadgroups_per_grid)",
+    "threads_per_grid": "MSL_UINT3(thread_id->threads_per_grid)",
+    "grid_size": "MSL_UINT3(thread_id->threads_per_grid)",
+    "grid_origin": "uint3(0u)",
+    "threads_per_threadgroup": "MSL_UINT3(thread_id->threads_per_threadgroup)",
+    "dispatch_threads_per_threadgroup": "MSL_UINT3(thread_id->dispatch_threads_per_threadgroup)",
+    "thread_index_in_threadgroup": "thread_id->index_in_threadgroup",
+    "thread_index_in_simdgroup": "thread_id->lane",
+    "thread_index_in_quadgroup": "thread_id->lane % 4",
+    "simdgroup_index_in_threadgroup": "thread_id->simdgroup",
+    "quadgroup_index_in_threadgroup": "thread_id->index_in_threadgroup / 4",
+    "simdgroups_per_threadgroup": "thread_id->simdgroups_per_threadgroup",
+    "quadgroups_per_threadgroup": "(MSL_COUNT(thread_id->threads_per_threadgroup) + 3) / 4",
+    "dispatch_simdgroups_per_threadgroup": "(MSL_COUNT(thread_id->dispatch_threads_per_threadgroup) + 31) / 32",
+    "dispatch_quadgroups_per_threadgroup": "(MSL_COUNT(thread_id->dispatch_threads_per_threadgroup) + 3) / 4",
+    "thread_execution_width": "32u",
+    "threads_per_simdgroup": "32u",
+}
+
+
+def compile_kernel(name: str, kernel: GeneratedKernel, mode: Mode) -> Path:
+    """The shared object of a kernel, compiled now or taken from the cache. Raises `CompileError`."""
+    source = "\n".join(
+        [
+            '#include "msl/host.h"',
+            '#include "mlx/backend/metal/kernels/utils.h"',
+            '#line 1 "kernel.metal"',
+            rewrite(kernel.text),
+            '#line 1 "entry"',
+            _entry(kernel),
+        ]
+    )
+
+    def build(output: Path) -> None:
+        object_file = output.with_suffix(".o")
+        flags = [*KERNEL_FLAGS, *MODE_FLAGS[mode], *include_flags()]
+        try:
+            compile_with([*flags, "-x", "c++", "-c", "-", "-o", str(object_file)], stdin=source)
+            compile_with(["-shared", str(object_file), str(runtime_library()), "-o", str(output)])
+        except CompileError as error:
+            raise CompileError(f"{name}: compilation\n{error}") from None
+        finally:
+            object_file.unlink(missing_ok=True)
+
+    return cached(mode + source, build)
+
+
+def _entry(kernel: GeneratedKernel) -> str:
+    arguments = []
+    for index, parameter in enumerate(kernel.parameters):
+        const = "" if parameter.kind == "output" else "const "
+        value = f"({const}{parameter.metal_type}*)arguments[{index}]"
+        arguments.append(f"*{value}" if parameter.by_reference else value)
+    arguments += [_ATTRIBUTE_VALUES[attribute] for attribute in kernel.attributes]
+    call = f"{kernel.function}{kernel.template_arguments}({', '.join(arguments)})"
+    return (
+        "#define MSL_UINT3(v) uint3((v)[0], (v)[1], (v)[2])\n"
+        "#define MSL_COUNT(v) ((v)[0] * (v)[1] * (v)[2])\n"
+        '__attribute__((no_sanitize("thread")))\n'
+        f'extern "C" void msl_entry(void** arguments, const msl_thread* thread_id) {{ {call}; }}\n'
+    )

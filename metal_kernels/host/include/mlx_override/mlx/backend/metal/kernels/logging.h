@@ -1,0 +1,2 @@
+// In place of MLX's file: there is no os_log here.
+#pragma once

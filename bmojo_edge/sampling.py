@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 
 
 class SamplingError(ValueError):
-    """An option of sampling is out of range (the message names it), or the logits are not numbers."""
+    """An option of sampling is out of range; the message names it."""
+
+
+class LogitsError(ArithmeticError):
+    """A model's logits are not numbers, so no token can be chosen."""
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
@@ -113,10 +117,10 @@ class Sampler:
         self._seen[list(context)] = True
 
     def choose(self, logits: NDArray[np.floating]) -> Choice:
-        """The next token from logits (v,). Raises SamplingError where they are not numbers."""
+        """The next token from logits (v,). Raises LogitsError where they are not numbers."""
         top = float(logits.max())
         if not math.isfinite(top):  # a NaN anywhere makes the maximum NaN
-            raise SamplingError(f"logits: their maximum is {top}; the model computed something that is not a number")
+            raise LogitsError(f"logits: their maximum is {top}; the model computed something that is not a number")
         if self.sampling.temperature == 0.0:
             penalty = self.sampling.repetition_penalty
             chosen = int((logits if penalty == 1.0 else penalised(logits, penalty, self._seen)).argmax())

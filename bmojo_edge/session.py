@@ -3,7 +3,7 @@
 A turn's new ids come from rendering the whole conversation with the model's template and leaving off what the state
 has taken in. Sampled tokens stay as sampled; the tokens that end an answer come with the next turn, from the template.
 Where a template rewrites the past (drops earlier reasoning, moves the system prompt), the session goes back to the
-latest earlier state whose text still stands and feeds the rest again: usually one turn.
+latest kept state whose text still stands and feeds the rest again: usually the last answer, or the last exchange.
 States are values, so going back is keeping a reference. This module knows nothing of arrays or files.
 """
 
@@ -22,27 +22,32 @@ from bmojo_edge.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class Turn:
-    """One exchange. `prompt_ids` and `answer_ids` follow what had been taken in before turn `base`."""
+    """One exchange. `prompt_ids` and `answer_ids` follow what had been taken in at mark `base`.
+
+    Mark 2k is the moment before turn k, mark 2k + 1 the one between its prompt and its answer.
+    """
 
     user: str
-    base: int  # this turn's own index, or an earlier one where the template rewrote the past
+    base: int  # twice this turn's own index, or less where the template rewrote the past
     prompt_text: str
     prompt_ids: list[int]
     answer: str = ""
     answer_ids: list[int] = field(default_factory=list)
     said: str = ""  # the answer as it continues the prompt: a word's own space before it included
     finish_reason: str | None = None  # None: interrupted
-    before: tuple[Any, list[int]] | None = None  # state and pending ids before the turn, while kept
+    before: tuple[Any, list[int]] | None = None  # state and pending ids at mark 2k, while kept
+    prompted: Any = None  # state at mark 2k + 1, of the last turn only
 
 
 class Session:
-    """A conversation in constant memory (where the model's state is).
+    """A conversation, in constant memory where the model's state is constant.
 
-    `system` is the system message. `snapshot_bytes` bounds the states kept for `rewind`; going back further feeds the
-    remaining turns again. Raises PromptError without a tokenizer, ChatTemplateError without a chat template.
+    `system` is the system message. `snapshot_bytes` bounds the states kept so that `rewind` computes nothing, beside
+    those of the last turn; going back further feeds the remaining turns again when the conversation goes on.
+    Raises PromptError without a tokenizer, ChatTemplateError without a chat template.
     """
 
-    def __init__(self, lm: LM, system: str | None = None, snapshot_bytes: int = 2**28) -> None:
+    def __init__(self, lm: LM, system: str | None = None, snapshot_bytes: int = 2**29) -> None:
         if lm.tokenizer is None:
             raise PromptError("this model folder has no tokenizer; put tokenizer.json or tokenizer.model into it")
         self._lm = lm
@@ -93,14 +98,14 @@ class Session:
         self._close()
         rendered = self._render(text)
         base, past = self._standing(rendered)
-        state, pending = self._before(base)
+        state, pending = self._at(base)
         suffix = rendered[len(past) :]
         ids = self._tokenizer.encode_continuation(suffix) if past else self._tokenizer.encode(suffix, False)
         context = self._ids(base)[-self._lm.config.window :] if options.get("repetition_penalty", 1.0) != 1.0 else ()
         run = Continuation(self._lm, state, [*pending, *ids], context, **options)
+        self._forget_old_states()
         self._turns.append(Turn(text, base, suffix, ids, before=(self._state, self._pending)))
         self._run = run
-        self._forget_old_snapshots()
         return self._answer(run)
 
     def fork(self) -> Session:
@@ -120,7 +125,7 @@ class Session:
             raise ValueError(f"turns: must be between 0 and the {len(self._turns)} there are, got {turns!r}")
         if turns:
             k = len(self._turns) - turns
-            self._state, self._pending = self._before(k)
+            self._state, self._pending = self._at(2 * k)
             del self._turns[k:]
         return self
 
@@ -128,11 +133,12 @@ class Session:
 
     def _answer(self, run: Continuation) -> Iterator[str]:
         try:
-            for token in run.tokens():
+            tokens = run.tokens()
+            while self._run is run and (token := next(tokens, None)):  # another call may have closed this turn
+                if self._turns[-1].prompted is None:
+                    self._turns[-1].prompted = run.state
                 if token.text:
                     yield token.text
-                if self._run is not run:  # another call closed this turn
-                    return
         finally:
             if self._run is run:
                 self._close()
@@ -150,11 +156,7 @@ class Session:
             n = next(n for n in range(len(run.ids), -1, -1) if run.text.startswith(decode(run.ids[:n])))
             rest = self._tokenizer.encode_continuation(run.text[len(decode(run.ids[:n])) :])
             turn.answer, turn.answer_ids = run.text, [*run.ids[:n], *rest]
-            if run.ids[n:] == run.pending:
-                self._pending = rest
-            else:
-                self._state, self._pending = self._before(turn.base)
-                self._pending += [*turn.prompt_ids, *turn.answer_ids]
+            self._state, self._pending = turn.prompted, [*turn.answer_ids]
         last = turn.prompt_ids[-1:]
         turn.said = decode([*last, *turn.answer_ids])[len(decode(last)) :]
 
@@ -171,43 +173,50 @@ class Session:
         return self._tokenizer.render_chat(messages, strftime_now=self._started.strftime)
 
     def _standing(self, rendered: str) -> tuple[int, str]:
-        """The latest turn before which what was taken in is how `rendered` begins, and that beginning."""
-        for k in range(len(self._turns), 0, -1):
-            if k < len(self._turns) and self._turns[k].before is None:
-                break
-            *earlier, last = self._path(k)
-            past = "".join(turn.prompt_text + turn.said for turn in earlier) + last.prompt_text
-            for said in (last.said, last.answer):  # a template may or may not put a space before an answer
+        """The latest mark at which what had been taken in is how `rendered` begins, and that beginning."""
+        for mark in range(2 * len(self._turns), 0, -1):
+            if not self._kept(mark):
+                continue
+            path = self._path(mark)
+            last, answered = path[-1]
+            past = "".join(turn.prompt_text + turn.said * said for turn, said in path[:-1]) + last.prompt_text
+            for said in (last.said, last.answer) if answered else ("",):  # with and without a space before the answer
                 if rendered.startswith(past + said):
-                    last.said = said
-                    return k, past + said
+                    last.said = said if answered else last.said
+                    return mark, past + said
         return 0, ""
 
-    def _path(self, k: int) -> list[Turn]:
-        """The turns whose prompt and answer make up what was taken in before turn `k`."""
-        path: list[Turn] = []
-        while k:
-            path.append(self._turns[k - 1])
-            k = path[-1].base
+    def _path(self, mark: int) -> list[tuple[Turn, bool]]:
+        """The turns that make up what had been taken in at a mark, and whether their answers belong to it."""
+        path: list[tuple[Turn, bool]] = []
+        while mark:
+            path.append((self._turns[(mark - 1) // 2], mark % 2 == 0))
+            mark = path[-1][0].base
         return path[::-1]
 
-    def _ids(self, k: int) -> list[int]:
-        return [i for turn in self._path(k) for i in (*turn.prompt_ids, *turn.answer_ids)]
+    def _ids(self, mark: int) -> list[int]:
+        return [i for turn, said in self._path(mark) for i in turn.prompt_ids + turn.answer_ids * said]
 
-    def _before(self, k: int) -> tuple[Any, list[int]]:
-        """State and pending ids before turn `k`."""
+    def _kept(self, mark: int) -> bool:
+        k, answering = divmod(mark, 2)
+        return k == len(self._turns) or (self._turns[k].prompted if answering else self._turns[k].before) is not None
+
+    def _at(self, mark: int) -> tuple[Any, list[int]]:
+        """State and pending ids at a mark."""
+        k, answering = divmod(mark, 2)
         if k == len(self._turns):
             return self._state, [*self._pending]
-        snapshot = self._turns[k].before
-        if snapshot is not None:
-            return snapshot[0], [*snapshot[1]]
-        return self._lm.init_state(), self._ids(k)
+        if not self._kept(mark):
+            return self._lm.init_state(), self._ids(mark)
+        if answering:
+            return self._turns[k].prompted, []
+        state, pending = self._turns[k].before or (None, [])
+        return state, [*pending]
 
-    def _forget_old_snapshots(self) -> None:
+    def _forget_old_states(self) -> None:
         held = 0
         for turn in reversed(self._turns):
-            if turn.before is None:
-                break
-            held += state_nbytes(turn.before[0])
-            if held > self._snapshot_bytes and turn is not self._turns[-1]:
+            turn.prompted = None
+            held += state_nbytes(turn.before[0]) if turn.before else 0
+            if held > self._snapshot_bytes:
                 turn.before = None

@@ -36,8 +36,10 @@ class Tokenizer:
         special_tokens: Mapping[str, Any] | None = None,
         eos_ids: Iterable[int] = (),
         chat_templates: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._backend = backend
+        self._folder = folder
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(chat_templates or {})
         self.bos_id = self._special_id("bos_token")
@@ -78,7 +80,15 @@ class Tokenizer:
             raise TokenizerError(f"{path}: {error}") from None
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error})") from error
-        return cls(backend, special, _eos_ids(folder), _chat_templates(folder, config))
+        return cls(backend, special, _eos_ids(folder), _chat_templates(folder, config), folder)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the files this tokenizer was loaded from into another model folder."""
+        from bmojo_edge.checkpoint import copy_tokenizer
+
+        if self._folder is None:
+            raise TokenizerError("this tokenizer was not loaded from a folder, so there are no files to copy")
+        copy_tokenizer(self._folder, Path(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `add_special_tokens` puts what the model expects around it (often a first token), if any."""

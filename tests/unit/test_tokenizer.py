@@ -124,6 +124,17 @@ def test_all_end_ids_are_kept(copy: Path) -> None:
     assert Tokenizer.load(copy).eos_ids == {2, 7, 8, 9}
 
 
+def test_save_copies_the_files(tmp_path: Path, byte_level_folder: Path) -> None:
+    tokenizer = Tokenizer.load(byte_level_folder)
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode("the river") == tokenizer.encode("the river")
+    assert again.chat(CHAT) == tokenizer.chat(CHAT)
+    assert again.eos_ids == tokenizer.eos_ids
+    with pytest.raises(TokenizerError, match="no files to copy"):
+        Tokenizer(tokenizer._backend).save(tmp_path)
+
+
 # --- chats
 
 

@@ -1,0 +1,6 @@
+"""The PyTorch twin: trains, and runs wherever PyTorch does. Same files, classes and parameters as `bmojo_edge.mlx`."""
+
+from bmojo_edge.torch.load import load, load_weights
+from bmojo_edge.torch.model import Memory, Model
+
+__all__ = ["Memory", "Model", "load", "load_weights"]

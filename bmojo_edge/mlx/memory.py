@@ -1,0 +1,241 @@
+"""The memories of a bmojo layer: what attention reads, what a call or a token leaves in them (docs/model.md, 5 to 7).
+
+Rings hold rotated keys, sinks and eidetic slots unrotated ones. Nothing here has parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from bmojo_edge.config import Config
+from bmojo_edge.mlx.layout import Layout, Step, choose_rows, put, turns_of
+from bmojo_edge.mlx.ops import (
+    Band,
+    Candidates,
+    Chunks,
+    Pinned,
+    Slots,
+    find_eidetic,
+    memory_attention,
+    memory_attention_step,
+    rotary,
+    rotate,
+    select_eidetic,
+)
+from bmojo_edge.rope import softmax_scale
+from bmojo_edge.state import BMojoState, EideticState, FadingState, SinkState, WindowState
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of a bmojo layer, normalised per head but not rotated; t = 1 in decoding."""
+
+    q: mx.array  # (b, h, t, p)
+    k: mx.array  # (b, g, t, p)
+    v: mx.array  # (b, g, t, p)
+    q_fading: mx.array  # (b, h, t, p): q itself where the fading projections are tied
+    k_fading: mx.array | None  # (b, g, t, p)
+    v_fading: mx.array | None  # (b, g, t, p)
+
+
+def pinned_query(config: Config, q: mx.array) -> mx.array:
+    """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
+    turns = turns_of(config)
+    return q if turns is None else rotate(q, rotary(mx.array([[config.window]], mx.int64), turns))
+
+
+# --- a call of many tokens --------------------------------------------------------------------------------------------
+
+
+def band(ring: Any, q: mx.array, k: mx.array, v: mx.array, layout: Layout, near: int, far: int | None) -> Band:
+    """The carried tokens of a ring (its k and v as stored) and the call's tokens as one band."""
+    return Band(q, layout.joined(ring.k, k), layout.joined(ring.v, v), near, far)
+
+
+class _Pool(NamedTuple):
+    """All unrotated keys a call may pin: sinks, eidetic slots, the ring's leavers, the call's own tokens."""
+
+    k: mx.array  # (b, g, n, p)
+    v: mx.array  # (b, g, n, p)
+    position: mx.array  # (b, n), -1 = nothing
+    candidates: Candidates | None  # all but the sinks
+
+
+def _sinks(config: Config, sinks: SinkState, x: Projected, layout: Layout) -> SinkState:
+    """Sinks after the call. No token sees one before it is `window` tokens old, so the call reads these."""
+    slots = np.arange(config.n_sinks)
+    column = slots - layout.start[:, None]
+    written = (column >= 0) & (column < layout.length[:, None])
+    if not written.any():
+        return sinks
+    column = mx.array(np.clip(column, 0, layout.t - 1))[:, None, :, None]
+    chosen = mx.array(written)[:, None, :, None]
+    new = (
+        mx.where(chosen, mx.take_along_axis(y, column, axis=2), old) for y, old in zip((x.k, x.v), sinks, strict=True)
+    )
+    return SinkState(*new)
+
+
+def _pool(
+    config: Config, x: Projected, window: Band, scores: mx.array | None, sinks: Any, state: BMojoState, layout: Layout
+) -> _Pool:
+    """Everything that sinks and eidetic sets of this call can name; scores (b, m + t) go with the window's columns."""
+    b, s, e = len(layout.start), config.n_sinks, config.n_eidetic
+    ks, vs, positions = [], [], []
+    if s:
+        ks, vs, positions = [sinks.k], [sinks.v], [mx.broadcast_to(mx.arange(s, dtype=mx.int64), (b, s))]
+    if not e or scores is None:
+        return _Pool(ks[0], vs[0], positions[0], None)
+    # A chunk's set takes tokens that leave the window before the chunk ends: none later than these columns.
+    m = window.k.shape[2] - layout.t
+    leaving = max(0, min(m + layout.t, m + layout.t - 1 - config.window + config.chunk_size))
+    columns = layout.start[:, None] - m + np.arange(leaving)
+    competed = -(-layout.start // config.chunk_size) * config.chunk_size - config.window  # before: had their chance
+    position = np.where((columns >= 0) & (columns >= competed[:, None]), columns, -1)
+    carried, own = min(m, leaving), max(0, leaving - m)
+    if carried:
+        k = rotate(window.k[:, :, :carried], layout.rotary_at(columns[:, :carried]), inverse=True)
+        ks, vs = [*ks, state.eidetic.k, k], [*vs, state.eidetic.v]
+    else:
+        ks, vs = [*ks, state.eidetic.k], [*vs, state.eidetic.v]
+    ks, vs = [*ks, x.k[:, :, :own]], [*vs, window.v[:, :, :leaving]]
+    found = [state.eidetic.positions, mx.array(position.reshape(b, leaving))]
+    candidates = Candidates(
+        mx.concatenate([state.eidetic.scores, scores[:, :leaving]], axis=1), mx.concatenate(found, axis=1)
+    )
+    return _Pool(
+        mx.concatenate(ks, axis=2),
+        mx.concatenate(vs, axis=2),
+        mx.concatenate([*positions, candidates.position], axis=1),
+        candidates,
+    )
+
+
+def _eidetic_index(config: Config, candidates: Candidates, layout: Layout, forced: mx.array | None) -> mx.array:
+    """Columns (b, c, e) of each chunk's eidetic set, chosen or forced, -1 = none."""
+    index = select_eidetic(candidates, layout.chunks, config.n_sinks, config.n_eidetic)
+    if forced is None:
+        return index
+    # A chunk that began in an earlier call has its set already; rows with fewer chunks have none.
+    begun = ((mx.arange(index.shape[1]) == 0) & layout.begun[:, None])[..., None]
+    wanted = mx.where(begun | ~layout.used[..., None], -1, forced)
+    return mx.where(begun, index, find_eidetic(candidates, layout.chunks, config.n_sinks, wanted))
+
+
+def _take(k: mx.array, v: mx.array, candidates: Candidates, index: mx.array) -> EideticState:
+    """Eidetic slots filled with the columns index (b, e) of k and v (b, g, n, p) and of the candidates."""
+    full, column = index >= 0, mx.maximum(index, 0)
+    k, v = (
+        mx.where(full[:, None, :, None], mx.take_along_axis(y, column[:, None, :, None], axis=2), mx.array(0, y.dtype))
+        for y in (k, v)
+    )
+    scores, positions = (mx.take_along_axis(y, column, axis=1) for y in candidates)
+    return EideticState(k, v, mx.where(full, scores, 0.0), mx.where(full, positions, -1))
+
+
+def read_memories(
+    config: Config, x: Projected, scores: mx.array | None, state: BMojoState, layout: Layout, forced: mx.array | None
+) -> tuple[mx.array, BMojoState, mx.array | None]:
+    """Attention of t tokens over all memories: (b, h, t, p), the state without history and ssm, and the sets.
+
+    scores (b, t): innovations, None without eidetic memory; forced (b, c, e): sets to take, -1 = empty.
+    The sets (b, c, e) are positions, -1 = empty.
+    """
+    w, f, s = config.window, config.fading, config.n_sinks
+    at = layout.rotary
+    context = band(state.window, rotate(x.q, at), rotate(x.k, at), x.v, layout, 0, w)
+    bands, window = [context], WindowState(layout.kept(context.k, w), layout.kept(context.v, w), ())
+    all_scores = None
+    if scores is not None:
+        all_scores = layout.joined(state.window.scores, scores, axis=1)
+        window = window._replace(scores=layout.kept(all_scores, w, axis=1))
+    fading, sinks, eidetic, pinned, sets = state.fading, state.sinks, state.eidetic, None, None
+    if f and x.k_fading is not None and x.v_fading is not None:
+        faded = band(state.fading, rotate(x.q_fading, at), rotate(x.k_fading, at), x.v_fading, layout, w, w + f)
+        bands.append(faded)
+        fading = FadingState(layout.kept(faded.k, w + f), layout.kept(faded.v, w + f))
+    if s:
+        sinks = _sinks(config, state.sinks, x, layout)
+    if s or scores is not None:
+        pool, index = _pool(config, x, context, all_scores, sinks, state, layout), None
+        if pool.candidates is not None:
+            chosen = _eidetic_index(config, pool.candidates, layout, forced)
+            last = mx.take_along_axis(chosen, layout.last_chunk[:, None, None], axis=1)[:, 0]
+            eidetic = _take(pool.k[:, :, s:], pool.v[:, :, s:], pool.candidates, last)
+            columns = mx.maximum(chosen, 0).reshape(chosen.shape[0], -1)
+            positions = mx.take_along_axis(pool.candidates.position, columns, axis=1).reshape(chosen.shape)
+            sets = mx.where((chosen >= 0) & layout.used[..., None], positions, -1)
+            index = mx.where(chosen >= 0, chosen + s, -1)
+            if s:
+                every = mx.broadcast_to(mx.arange(s, dtype=index.dtype), (*index.shape[:2], s))
+                index = mx.concatenate([every, index], axis=-1)
+        pinned = Pinned(pinned_query(config, x.q), pool.k, pool.v, pool.position, index, near=w)
+    o = memory_attention(bands, pinned, layout.queries, softmax_scale(config))
+    return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
+
+
+# --- one token --------------------------------------------------------------------------------------------------------
+
+
+def promote(config: Config, state: BMojoState, position: mx.array, offset: mx.array, rows: mx.array) -> EideticState:
+    """Before the token at `position` (b,), a multiple of `chunk` in `rows` (b,), the tokens about to leave compete."""
+    old, turns, c = state.eidetic, turns_of(config), config.chunk_size
+    leaving = (position - config.window)[:, None] + mx.arange(c, dtype=mx.int64)  # (b, c)
+    slot = leaving % config.window
+    k, v = (mx.take_along_axis(y, slot[:, None, :, None], axis=2) for y in state.window[:2])
+    k = k if turns is None else rotate(k, rotary(leaving + offset[:, None], turns), inverse=True)
+    scores = mx.take_along_axis(state.window.scores, slot, axis=1)
+    candidates = Candidates(
+        mx.concatenate([old.scores, scores], axis=1), mx.concatenate([old.positions, leaving], axis=1)
+    )
+    limit = (position - config.window + c)[:, None]
+    index = select_eidetic(candidates, Chunks(limit), config.n_sinks, config.n_eidetic)[:, 0]
+    new = _take(mx.concatenate([old.k, k], axis=2), mx.concatenate([old.v, v], axis=2), candidates, index)
+    return choose_rows(rows, new, old)
+
+
+def step_memories(
+    config: Config, x: Projected, score: mx.array | None, state: BMojoState, step: Step
+) -> tuple[mx.array, BMojoState]:
+    """One token against all memories: (b, h, 1, p), and the state without history and ssm; score (b,)."""
+    w, f, s, at = config.window, config.fading, config.n_sinks, step.rotary
+    eidetic, scores = state.eidetic, ()
+    if score is not None:
+        if step.promotes is not None:
+            eidetic = promote(config, state, step.position, step.offset, step.promotes)
+        scores = put(state.window.scores[:, None, :, None], score[:, None, None, None], step)[:, 0, :, 0]
+    window = WindowState(put(state.window.k, rotate(x.k, at), step), put(state.window.v, x.v, step), scores)
+    memories = [slots_seen(rotate(x.q, at), window.k, window.v, step)]
+    fading, sinks, q = state.fading, state.sinks, pinned_query(config, x.q) if s or score is not None else x.q
+    if f and x.k_fading is not None and x.v_fading is not None:
+        fading = FadingState(put(state.fading.k, rotate(x.k_fading, at), step), put(state.fading.v, x.v_fading, step))
+        memories.append(slots_seen(rotate(x.q_fading, at), fading.k, fading.v, step, near=w))
+    if s:
+        sinks = _opened(sinks, x, step) if step.opening else sinks
+        memories.append(Slots(q, sinks.k, sinks.v, step.sinks_mask(s)))
+    if score is not None:
+        age = step.position[:, None] - eidetic.positions
+        mask = mx.where((eidetic.positions >= 0) & (age >= w), 0.0, -math.inf)[:, None, None]
+        memories.append(Slots(q, eidetic.k, eidetic.v, mask))
+    o = memory_attention_step(memories, softmax_scale(config))
+    return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
+
+
+def slots_seen(q: mx.array, k: mx.array, v: mx.array, step: Step, near: int = 0) -> Slots:
+    """The slots of a ring that may hold something."""
+    n, slots = step.seen(k.shape[2]), k.shape[2]
+    return (
+        Slots(q, k, v, step.mask(slots, near))
+        if n == slots
+        else Slots(q, k[:, :, :n], v[:, :, :n], step.mask(slots, near))
+    )
+
+
+def _opened(sinks: SinkState, x: Projected, step: Step) -> SinkState:
+    """Sinks with the token among them where it is one of the first."""
+    here = mx.arange(sinks.k.shape[2]) == step.position[:, None]
+    here = (here if step.active is None else here & step.active[:, None])[:, None, :, None]
+    return SinkState(mx.where(here, x.k, sinks.k), mx.where(here, x.v, sinks.v))

@@ -1,0 +1,84 @@
+"""The B'MOJO mixer: one softmax over in-context, fading and eidetic memory (docs/model.md section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from bmojo_edge.config import Config
+from bmojo_edge.mlx.layers import Projections, linear, merge_heads
+from bmojo_edge.mlx.layout import Layout, Step, choose_rows, last_values
+from bmojo_edge.mlx.memory import Projected, read_memories, step_memories
+from bmojo_edge.mlx.mixers.ssm import ssm_mixer
+from bmojo_edge.mlx.ops import innovation_scores
+from bmojo_edge.state import BMojoState
+
+
+class Remembered(NamedTuple):
+    """What a bmojo layer found surprising in a call: innovations and sets."""
+
+    scores: mx.array  # (b, t)
+    sets: mx.array  # (b, c, e) positions, -1 = empty
+
+
+class BMojo(Projections):
+    """Attention over all memories; `fading` holds projections of its own where keys and values are not tied."""
+
+    def __init__(self, config: Config, layer: int, dtype: mx.Dtype) -> None:
+        super().__init__(config, dtype)
+        self.config, ssm = config, config.ssm_of(layer)
+        self.kind, self.remembers = dtype, config.n_eidetic > 0
+        self.reads_ssm = self.remembers and ssm is not None and config.signal_of(layer) == "ssm_output"
+        self.reads_input = self.remembers and not self.reads_ssm
+        self.o_proj = linear(config.n_heads * config.d_head, config.d_model, False, dtype)
+        if ssm is not None:
+            if not config.tie_kv:
+                self.fading = Projections(config, dtype)
+            self.ssm = ssm_mixer(config, ssm, dtype)
+
+    def _project(self, u: mx.array, y: mx.array | None) -> Projected:
+        """Step 3 for u and y (b, t, d)."""
+        x = self.project(u)
+        if y is None:
+            return Projected(*x, x.q, None, None)
+        if "fading" not in self:
+            return Projected(*x, x.q, *self.keys_values(y))
+        return Projected(*x, self.fading.queries(u), *self.fading.keys_values(y))
+
+    def _scores(self, signal: mx.array, past: mx.array) -> mx.array:
+        rule = self.config.innovation
+        return innovation_scores(signal, past, rule.coefficients(), rule.error)
+
+    def __call__(
+        self, u: mx.array, state: BMojoState, layout: Layout, forced: mx.array | None = None
+    ) -> tuple[mx.array, BMojoState, Remembered | None]:
+        """u (b, t, d), in float32 where the input is the signal, after `state`: (b, t, d), the state, what was kept.
+
+        forced (b, c, e) are the eidetic sets to take in place of the chosen ones.
+        """
+        signal, u = u, u.astype(self.kind)
+        y, ssm, scores, history = None, (), None, ()
+        if "ssm" in self:
+            y, ssm = self.ssm(u, state.ssm, layout, wide=self.reads_ssm)
+            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
+        if self.remembers:
+            scores = self._scores(signal, state.history)
+            history = last_values(state.history, signal, layout)
+        o, state, sets = read_memories(self.config, self._project(u, y), scores, state, layout, forced)
+        remembered = None if scores is None or sets is None else Remembered(scores, sets)
+        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm), remembered
+
+    def step(self, u: mx.array, state: BMojoState, step: Step) -> tuple[mx.array, BMojoState]:
+        """One token: u (b, d)."""
+        signal, u = u, u.astype(self.kind)
+        y, ssm, score, history = None, (), None, ()
+        if "ssm" in self:
+            y, ssm = self.ssm.step(u, state.ssm, step, wide=self.reads_ssm)
+            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)[:, None]
+        if self.remembers:
+            score = self._scores(signal[:, None], state.history)[:, 0]
+            history = mx.concatenate([state.history, signal[:, None]], axis=1)[:, 1:]
+            history = history if step.active is None else choose_rows(step.active, history, state.history)
+        o, state = step_memories(self.config, self._project(u[:, None], y), score, state, step)
+        return self.o_proj(merge_heads(o))[:, 0], state._replace(history=history, ssm=ssm)

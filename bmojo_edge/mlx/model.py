@@ -1,0 +1,257 @@
+"""The model in MLX: embedding, layers, head, and the ways to move its state.
+
+A state is a value: no call changes the one it is given. Rebind it (`logits, state = ...`) before evaluating, and rings
+are written where they are; one that is still held is copied once. Nothing here knows files or tokenizers beyond
+holding one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from bmojo_edge.config import Config
+from bmojo_edge.mlx.block import Block
+from bmojo_edge.mlx.decode import Decoder
+from bmojo_edge.mlx.layers import RMSNorm
+from bmojo_edge.mlx.layout import Layout, layout_of
+from bmojo_edge.mlx.mixers import Mamba, Remembered
+from bmojo_edge.state import Leaf, State, map_leaves, state_spec
+
+PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
+
+
+class Memory(NamedTuple):
+    """What the eidetic memory did in a call, chunks counted as `reference.Memory` counts them."""
+
+    scores: mx.array  # (b, n_layers, t), 0 at padding and in layers without eidetic memory
+    eidetic_index: mx.array  # (b, n_layers, n_chunks, e) int64 positions, ascending, -1 = empty
+
+
+class _Run(NamedTuple):
+    """All that a run through the layers yields."""
+
+    out: mx.array  # (b, t, d) what the head reads, 0 at padding
+    state: State
+    remembered: list[Remembered | None]  # a layer
+    layout: Layout
+
+
+def dtype_of(config: Config) -> mx.Dtype:
+    """The MLX dtype a config names."""
+    return getattr(mx, config.dtype)
+
+
+class Model(nn.Module):
+    """A language model of `bmojo`, `attention` and state-space layers; parameters as docs/checkpoints.md names them.
+
+    Parameters are in `config.dtype`, but those of the scan (A_log, D, dt_proj.bias), which are float32.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dtype = dtype_of(config)
+        self.config, self.tokenizer = config, None
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed.set_dtype(dtype)
+        self.layers = [Block(config, i, dtype) for i in range(len(config.layer_types))]
+        self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head.set_dtype(dtype)
+        self.initialise()
+        self._decoder = Decoder(self)
+
+    def initialise(self) -> None:
+        """The initialisation of Mamba's code (state-spaces/mamba), which the paper trains with, for every layer.
+
+        Linear weights keep MLX's default, uniform within 1 / sqrt(fan in); biases are 0 but dt's; embeddings are
+        normal with deviation 0.02; projections into the residual stream are divided by the square root of their
+        number, as in GPT-2. dt_proj, A_log and D are drawn where they are made, see mixers/mamba.py.
+        """
+        self.embed.weight = (mx.random.normal(self.embed.weight.shape) * 0.02).astype(self.embed.weight.dtype)
+        into_residual = []
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "bias" in module and not name.endswith("dt_proj"):
+                module.bias = mx.zeros_like(module.bias)
+            if isinstance(module, Block):
+                mixer = module.mixer
+                into_residual.append(mixer.out_proj if isinstance(mixer, Mamba) else mixer.o_proj)
+                if "mlp" in module:
+                    into_residual.append((module.mlp.experts if "experts" in module.mlp else module.mlp).down_proj)
+        for layer in into_residual:
+            layer.weight = layer.weight / math.sqrt(len(into_residual))
+
+    # --- states -------------------------------------------------------------------------------------------------------
+
+    def init_state(self, batch: int = 1, offset: int = 0) -> State:
+        """A fresh state of `batch` sequences, whose rotary positions begin at `offset`."""
+
+        def fresh(leaf: Leaf) -> mx.array:
+            return mx.full(leaf.shape, leaf.fill, getattr(mx, leaf.dtype))
+
+        state = map_leaves(fresh, state_spec(self.config, batch))
+        return state._replace(position=_int64([0] * batch), offset=_int64([offset] * batch))
+
+    def reset(self, state: State, rows: Any) -> State:
+        """A state whose `rows` (b,), bool, start anew at their offset; the others go on."""
+        chosen = np.asarray(rows, bool)
+        fresh, mask = self.init_state(chosen.size), mx.array(chosen)
+
+        def restarted(old: mx.array, new: mx.array) -> mx.array:
+            if new.shape != old.shape:  # a cache that has grown
+                new = mx.zeros_like(old)
+            return mx.where(mask.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        layers = map_leaves(restarted, state.layers, fresh.layers)
+        return State(layers, _int64(np.where(chosen, 0, np.array(state.position))), state.offset)
+
+    # --- many tokens --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Any, state: State | None = None, lengths: Any = None, eidetic_index: Any = None
+    ) -> tuple[mx.array, State]:
+        """Logits (b, t, v) of tokens (b, t) after `state`, and the state after them; state None is a fresh one.
+
+        lengths (b,): right padding; eidetic_index (b, n_layers, n_chunks, e) forces the eidetic sets. Logits of padding
+        are 0.
+        """
+        out, state = self.hidden(tokens, state, lengths, eidetic_index)
+        return self.head(out), state
+
+    def __call__(self, tokens: Any, state: State | None = None, lengths: Any = None) -> tuple[mx.array, State]:
+        return self.forward(tokens, state, lengths)
+
+    def hidden(
+        self, tokens: Any, state: State | None = None, lengths: Any = None, eidetic_index: Any = None
+    ) -> tuple[mx.array, State]:
+        """`forward` without the head: normalised activations (b, t, d) in place of logits."""
+        run = self._run(tokens, state, lengths, eidetic_index)
+        return run.out, run.state
+
+    def forward_with_memory(
+        self, tokens: Any, state: State | None = None, lengths: Any = None, eidetic_index: Any = None
+    ) -> tuple[mx.array, State, Memory]:
+        """`forward`, with innovations and eidetic sets as they were used."""
+        run = self._run(tokens, state, lengths, eidetic_index)
+        return self.head(run.out), run.state, self._memory(run)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., v) of normalised activations (..., d)."""
+        return self.lm_head(hidden) if "lm_head" in self else self.embed.as_linear(hidden)
+
+    def _run(self, tokens: Any, state: State | None, lengths: Any, eidetic_index: Any) -> _Run:
+        tokens = integers(tokens, "tokens", 2)
+        b, t = tokens.shape
+        if t == 0:
+            raise ValueError("tokens: must hold at least one token a row")
+        state = self.init_state(b) if state is None else state
+        if state.position.shape != (b,):
+            raise ValueError(f"state: is of {state.position.shape[0]} sequences, tokens have {b} rows")
+        layout = layout_of(self.config, t, state.position.tolist(), state.offset, _lengths(lengths, b, t))
+        forced = self._forced(eidetic_index, layout)
+        h, states, remembered = _masked(self.embed(_masked(tokens, layout.real)), layout.real), [], []
+        for i, layer in enumerate(self.layers):
+            result = layer(h, state.layers[i], layout, None if forced is None else forced[:, i])
+            h = result.out
+            states.append(result.state)
+            remembered.append(result.remembered)
+        position = _int64(layout.last_position + 1)
+        return _Run(
+            _masked(self.norm(h), layout.real), State(tuple(states), position, state.offset), remembered, layout
+        )
+
+    def _memory(self, run: _Run) -> Memory:
+        """One array of all layers; those without eidetic memory have zeros and empty sets."""
+        layout, e = run.layout, self.config.n_eidetic
+        b, c = layout.used.shape
+        c = c if (layout.length > 0).any() else 0
+        no_scores, no_sets = mx.zeros((b, layout.t)), mx.full((b, c, e), -1, mx.int64)
+        scores = [no_scores if r is None else _masked(r.scores, layout.real) for r in run.remembered]
+        sets = [no_sets if r is None else r.sets[:, :c] for r in run.remembered]
+        return Memory(mx.stack(scores, axis=1), mx.stack(sets, axis=1))
+
+    def _forced(self, eidetic_index: Any, layout: Layout) -> mx.array | None:
+        """Forced sets with as many chunks as the layout counts."""
+        if eidetic_index is None or not self.config.n_eidetic:
+            return None
+        index = integers(eidetic_index, "eidetic_index", 4)
+        (b, c), n_layers, e = layout.used.shape, len(self.layers), self.config.n_eidetic
+        if index.shape[:2] != (b, n_layers) or index.shape[3] != e:
+            raise ValueError(f"eidetic_index: must have shape ({b}, {n_layers}, chunks, {e}), got {index.shape}")
+        missing = max(0, c - index.shape[2])
+        return mx.pad(index, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=-1)[:, :, :c]
+
+    # --- inference ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[mx.array, State]:
+        """Logits (b, v) of each row's last real token of a prompt (b, t), and the state; 0 in rows of length 0.
+
+        Works in blocks that end on the grid of chunks where rows agree: memory does not grow with t, but for the caches
+        of full-attention layers.
+        """
+        tokens = integers(tokens, "tokens", 2)
+        (b, t), chunk = tokens.shape, self.config.chunk_size
+        ends, left = _lengths(lengths, b, t), None
+        last = mx.zeros((b, self.config.d_model), self.norm.weight.dtype)
+        size, begin = -(-PREFILL_BLOCK // chunk) * chunk, 0
+        first = size - int(state.position.tolist()[0]) % chunk
+        while begin < t:
+            end = min(t, begin + (first if begin == 0 else size))
+            if lengths is not None:
+                left = [min(max(n - begin, 0), end - begin) for n in ends]
+            out, state = self.hidden(tokens[:, begin:end], state, left)
+            if left is None:
+                last = out[:, -1]
+            else:
+                column = mx.array([max(n - 1, 0) for n in left])[:, None, None]
+                here = mx.array([n > 0 for n in left])[:, None]
+                last = mx.where(here, mx.take_along_axis(out, column, axis=1)[:, 0], last)
+            begin = end
+            if begin < t:
+                mx.eval(last, state)  # before the next block: memory stays that of one
+        return self.head(last), state
+
+    def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[mx.array, State]:
+        """Logits (b, v) after one token (b,) of each row, and the state.
+
+        Rows with `active` (b,) False keep their state; their logits are 0. Evaluate logits and state together after
+        rebinding both. Under a trace of `mx.compile` positions stay on the device; `active` and full attention then
+        cannot be used.
+        """
+        token = integers(token, "token", 1)
+        if token.shape != state.position.shape:
+            raise ValueError(f"token: must have shape {state.position.shape}, as the state has, got {token.shape}")
+        return self._decoder(token, state, active)
+
+
+def integers(x: Any, name: str, dims: int) -> mx.array:
+    """An array of integers of so many dimensions; ValueError naming it otherwise."""
+    x = x if isinstance(x, mx.array) else mx.array(np.asarray(x))
+    if x.ndim != dims or not mx.issubdtype(x.dtype, mx.integer):
+        raise ValueError(f"{name}: must be integers of {dims} dimensions, got {x.dtype} of shape {x.shape}")
+    return x
+
+
+def _int64(values: Any) -> mx.array:
+    return mx.array(np.asarray(values, np.int64))
+
+
+def _lengths(lengths: Any, b: int, t: int) -> list[int]:
+    """Real tokens of each row, on the host."""
+    if lengths is None:
+        return [t] * b
+    counts: Sequence[int] = np.asarray(lengths).tolist()
+    if not isinstance(counts, list) or len(counts) != b or any(not 0 <= n <= t for n in counts):
+        raise ValueError(f"lengths: must be {b} integers between 0 and {t}, got {counts}")
+    return counts
+
+
+def _masked(x: mx.array, real: mx.array | None) -> mx.array:
+    """x (b, t, ...) with zeros at padding."""
+    return x if real is None else mx.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, mx.array(0, x.dtype))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Self, Unpack
 
+from bmojo_edge.config import Config
 from bmojo_edge.engine import LM, state_nbytes
 from bmojo_edge.generate import Continuation, Options, PromptError
 from bmojo_edge.tokenizer import Tokenizer
@@ -62,6 +63,11 @@ class Session:
         self._render("")  # a missing or broken template shows now
 
     # --- what it holds
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return self._lm.config
 
     @property
     def position(self) -> int:

@@ -1,0 +1,38 @@
+"""Opening the model a command works with: a folder, a hub id, or the default model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from bmojo_edge.cli.terminal import console, progress_bar
+
+if TYPE_CHECKING:
+    from bmojo_edge.engine import LM
+
+
+def open_model(model: str | None) -> LM:
+    """Load a model on MLX, saying on stderr what is being done; None is the default model, made where it is missing."""
+    import bmojo_edge as be
+
+    path = _default_model() if model is None else model
+    with console.status(f"Loading {escape(str(path))}"):
+        return be.load(path)
+
+
+def _default_model() -> Path:
+    from bmojo_convert.default import NAME, default_model_path, default_source, ensure_default_model
+
+    path = default_model_path()
+    if path.exists():
+        console.print(f"[dim]No model given: using {NAME}.[/]")
+        return ensure_default_model()
+    console.print(
+        f"No model given: making {NAME}, a small chat model, from {escape(str(default_source()))}. "
+        f"This happens once; it stays in {escape(str(path))}.",
+        soft_wrap=True,
+    )
+    with progress_bar() as progress:
+        return ensure_default_model(progress)

@@ -1,0 +1,49 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_SAMPLING = "Sampling"
+
+Temperature = Annotated[
+    float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this mass.", rich_help_panel=_SAMPLING)
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the likeliest.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1, tokens already seen become less likely.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes the draws repeatable.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End before this text; may be given several times.", rich_help_panel=_SAMPLING),
+]
+MaxTokens = Annotated[int, typer.Option(min=0, help="The longest an answer may be, in tokens.")]
+
+
+def check(
+    temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float, stop: list[str]
+) -> None:
+    """Misused sampling options end the program with exit code 2, before a model is loaded."""
+    from bmojo_edge.sampling import Sampling, SamplingError
+    from bmojo_edge.stopping import StopStrings
+
+    try:
+        Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+    except SamplingError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        StopStrings(stop)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -1,0 +1,398 @@
+"""The command line: what goes to stdout and what to stderr, exit codes, and that no one sees a traceback unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from bmojo_edge import checkpoint
+from bmojo_edge.cli import app
+from bmojo_edge.config import Config
+from bmojo_edge.generate import generate
+from bmojo_edge.parameters import parameter_shapes
+from bmojo_edge.session import Session
+from bmojo_edge.tokenizer import Tokenizer
+from tests.unit.fake_lm import FakeLM
+
+ROOT = Path(__file__).parents[2]
+MODULES = {name: sys.modules[f"bmojo_edge.cli.{name}"] for name in ("chat", "generate", "convert", "info")}
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [*arguments], input=stdin, env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.fixture
+def lm(byte_level_folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLM:
+    """A model that every command gets, whichever it asks for."""
+    fake = FakeLM(Tokenizer.load(byte_level_folder))
+    for name in ("chat", "generate"):
+        monkeypatch.setattr(MODULES[name], "open_model", lambda model: fake)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = Config.preset("tiny", n_sinks=4)
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(config).items()
+    checkpoint.save(path, config, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes})
+    return path
+
+
+# --- the program
+
+
+def test_version_and_help() -> None:
+    import bmojo_edge
+
+    assert run("--version").stdout == f"bmojo-edge {bmojo_edge.__version__}\n"
+    shown = run("--help")
+    assert shown.exit_code == 0
+    for command in ("chat", "generate", "convert", "info"):
+        assert command in shown.stdout
+        text = run(command, "--help").stdout
+        assert "Examples" in text
+        assert f"bmojo-edge {command}" in text
+        assert "--debug" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["info"],
+        ["info", ".", "--nope"],
+        ["generate"],
+        ["generate", "--prompt", "x", "--temp", "-1"],
+        ["generate", "--prompt", "x", "--temp", "nan"],
+        ["generate", "--prompt", "x", "--top-p", "1.5"],
+        ["generate", "--prompt", "x", "--top-k", "a"],
+        ["generate", "--prompt", "x", "--repetition-penalty", "0"],
+        ["generate", "--prompt", "x", "--max-tokens", "-1"],
+        ["generate", "--prompt", "x", "--stop", ""],
+        ["chat", "--temp", "inf"],
+        ["chat", "a", "b"],
+        ["convert", "x"],
+        ["convert", "x", "--out", "y", "--dtype", "int8"],
+        ["convert", "x", "--out", "y", "-q", "--q-bits", "3"],
+        ["convert", "x", "--out", "y", "--q-bits", "4"],
+        ["convert", "x", "--out", "y", "--window", "0"],
+    ],
+)
+def test_misuse_is_exit_code_2_and_computes_nothing(arguments: list[str], lm: FakeLM) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Usage: bmojo-edge" in result.stderr or "Invalid value" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert lm.fed == []
+
+
+def test_main_runs_in_a_process_of_its_own_and_stays_light() -> None:
+    code = """
+import sys
+from bmojo_edge.cli import main
+try:
+    main()
+finally:
+    print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("bmojo-edge ")
+    assert not set(done.stderr.split()) & {"numpy", "mlx", "torch", "tokenizers", "jinja2", "bmojo_convert"}
+
+
+# --- failures
+
+
+def test_a_failure_is_one_line_and_exit_code_1(folder: Path, tmp_path: Path) -> None:
+    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json"), (folder / "config.json", "")):
+        result = run("info", str(path))
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith(f"error: {path}")
+        assert says in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("info", str(tmp_path), "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, checkpoint.CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ModuleNotFoundError("No module named 'mlx'", name="mlx.core"), "'mlx' is not installed. MLX runs on Apple"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "pip install 'bmojo-edge[torch]'"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "pip install x"),
+        (PermissionError(13, "Permission denied", "file"), "Permission denied: 'file'"),
+        (RuntimeError("[odd] thing"), "RuntimeError: [odd] thing (unexpected; --debug shows where)"),
+        (ValueError("shapes"), "ValueError: shapes (unexpected"),
+    ],
+)
+def test_errors_say_what_to_do(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: str) -> None:
+        raise error
+
+    monkeypatch.setattr(MODULES["generate"], "open_model", fail)
+    result = run("generate", "--prompt", "x")
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert result.stdout == ""
+
+
+# --- info and convert
+
+
+def test_info_tells_what_it_costs(folder: Path) -> None:
+    config = Config.preset("tiny", n_sinks=4)
+    facts = json.loads(run("info", str(folder), "--json").stdout)
+    assert facts["special_case"] == "B'MOJO with sinks"
+    assert (facts["layers"], facts["dtype"], facts["quantization"]) == (2, "float32", None)
+    assert facts["weight_bytes"] == 4 * facts["parameters"]
+    assert facts["state_bytes"] == config.state_bytes()
+    assert (facts["growing_layers"], facts["state_bytes_per_1k_tokens"]) == ([], 0)
+    shown = run("info", str(folder)).stdout
+    assert f"({config.state_bytes():,} bytes), for ever" in shown
+    assert "B'MOJO with sinks" in shown
+
+
+def test_info_names_layers_that_grow(tmp_path: Path) -> None:
+    config = Config.preset("tiny", layer_types=("attention", "bmojo"), ssm=None, n_eidetic=0, dtype="float16")
+    shapes = parameter_shapes(config).items()
+    checkpoint.save(tmp_path / "m", config, {name: np.zeros(shape, np.float16) for name, shape in shapes})
+    facts = json.loads(run("info", str(tmp_path / "m"), "--json").stdout)
+    assert facts["growing_layers"] == [0]
+    assert facts["state_bytes_per_1k_tokens"] == 1000 * 2 * config.kv_heads * config.d_head * 2
+    assert "for every 1,000 tokens: 1 of 2 layers attend to everything" in run("info", str(tmp_path / "m")).stdout
+
+
+def test_convert_passes_its_options_and_shows_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bmojo_convert
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def fake(*args: Any, **options: Any) -> Path:
+        calls.append((args, options))
+        options.pop("progress")("weights", 1, 2)
+        return folder
+
+    monkeypatch.setattr(bmojo_convert, "convert", fake)
+    memories = ["--window", "64", "--sinks", "2", "--eidetic", "8"]
+    result = run("convert", "a/b", "--out", "o", *memories, "--dtype", "bfloat16", "-q", "--q-bits", "8")
+    assert result.exit_code == 0, result.output
+    assert "B'MOJO with sinks" in result.stdout
+    expected = {"window": 64, "sinks": 2, "fading": None, "eidetic": 8, "chunk": None, "dtype": "bfloat16"}
+    assert calls == [(("a/b", Path("o")), expected | {"q_bits": 8, "q_group_size": 64, "overwrite": False})]
+    run("convert", "x", "--out", "o", "-q", "--q-group-size", "32", "--overwrite")
+    run("convert", "x", "--out", "o")
+    assert [(c["q_bits"], c["q_group_size"], c["overwrite"]) for _, c in calls[1:]] == [
+        (4, 32, True),
+        (None, 64, False),
+    ]
+
+
+def test_convert_of_something_that_is_not_there(tmp_path: Path) -> None:
+    result = run("convert", str(tmp_path / "none"), "--out", str(tmp_path / "o"))
+    assert result.exit_code == 1
+    assert "none" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "o").exists()
+
+
+# --- generate
+
+
+def test_generate_prints_the_answer_and_nothing_else(lm: FakeLM) -> None:
+    result = run("generate", "--prompt", "The river", "--max-tokens", "9")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == generate(lm, "The river", max_tokens=9) + "\n"
+    assert "tokens read" in result.stderr
+
+
+def test_generate_json(lm: FakeLM) -> None:
+    options = [
+        "--max-tokens",
+        "9",
+        "--temp",
+        "0.9",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.9",
+        "--min-p",
+        "0.01",
+        "--seed",
+        "3",
+    ]
+    result = json.loads(run("generate", "-p", "The river", *options, "--json").stdout)
+    text = generate(lm, "The river", max_tokens=9, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01, seed=3)
+    assert result["text"] == text
+    assert len(result["tokens"]) == len(result["logprobs"]) == result["completion_tokens"] <= 9
+    assert result["prompt_tokens"] == len(lm.fed[0])
+    assert result["finish_reason"] in ("stop", "length")
+    nothing = json.loads(run("generate", "-p", "x", "--max-tokens", "0", "--json").stdout)
+    assert (nothing["text"], nothing["tokens"], nothing["finish_reason"]) == ("", [], "length")
+
+
+def test_generate_reads_stdin_and_chats(lm: FakeLM) -> None:
+    assert lm.tokenizer is not None
+    run("generate", "--prompt", "-", "--max-tokens", "1", stdin="the\nriver 中\n")
+    run("generate", "--prompt", "hello", "--max-tokens", "1", "--chat")
+    assert lm.fed == [
+        lm.tokenizer.encode("the\nriver 中"),
+        lm.tokenizer.chat([{"role": "user", "content": "hello"}]),
+    ]
+    result = run("generate", "--prompt", "-", stdin=b"a\xff")
+    assert result.exit_code == 1
+    assert "stdin: is not UTF-8 text at byte 1" in result.stderr
+
+
+def test_generate_stops_at_any_of_several_strings(lm: FakeLM) -> None:
+    assert lm.tokenizer is not None
+    prompt = "The river"
+    lm.says([*lm.tokenizer.encode_continuation(" runs to the sea"), 2], len(lm.tokenizer.encode(prompt)))
+    assert run("generate", "-p", prompt, "--stop", "sea", "--stop", "the").stdout == " runs to \n"
+
+
+# --- chat
+
+
+def test_one_answer_for_a_script(lm: FakeLM) -> None:
+    result = run("chat", "--prompt", "hello", "--system", "Be brief.", "--max-tokens", "8")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "".join(Session(lm, system="Be brief.").say("hello", max_tokens=8)) + "\n"
+    assert "position" in result.stderr
+    assert "constant" in result.stderr
+
+
+def test_a_conversation_from_a_pipe(lm: FakeLM) -> None:
+    result = run("chat", "--max-tokens", "5", stdin="hello\n\n  why?  \n")
+    ref = Session(lm)
+    assert result.stdout == "".join("".join(ref.say(text, max_tokens=5)) + "\n" for text in ("hello", "why?"))
+    assert result.exit_code == 0
+    assert f"position {ref.position:,} " in result.stderr
+    assert "cut at 5 tokens" in result.stderr
+
+
+def test_slash_commands(lm: FakeLM) -> None:
+    lines = [
+        "/help",
+        "one",
+        "two",
+        "/rewind",
+        "/rewind 5",
+        "/rewind x",
+        "/nothing",
+        "/reset",
+        "/rewind",
+        "/exit",
+        "three",
+    ]
+    result = run("chat", "--max-tokens", "2", stdin="\n".join(lines))
+    assert result.exit_code == 0
+    for says in ("/rewind [N]", "between 0 and the 1 there are", "/nothing: no such command", "the 0 there are"):
+        assert says in result.stderr
+    assert len([call for call in lm.fed if len(call) > 1]) == 2  # "three" was never said
+    positions = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("position")]
+    assert positions[0] == positions[2] != positions[1]
+
+
+def test_models_that_cannot_chat_fail_before_the_first_question(lm: FakeLM) -> None:
+    assert lm.tokenizer is not None
+    lm.tokenizer = Tokenizer(lm.tokenizer._backend)
+    result = run("chat", stdin="hello\n")
+    assert result.exit_code == 1
+    assert "no chat template" in result.stderr
+
+
+def test_a_text_the_template_refuses_does_not_end_the_conversation(lm: FakeLM) -> None:
+    assert lm.tokenizer is not None
+    template = "{% if messages[-1].content == 'bad' %}{{ raise_exception('not that') }}{% endif %}x"
+    lm.tokenizer = Tokenizer(lm.tokenizer._backend, chat_templates={"default": template})
+    result = run("chat", "--max-tokens", "1", stdin="bad\ngood\n")
+    assert "not that" in result.stderr
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+
+
+CHAT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from bmojo_edge.cli import chat, main
+from bmojo_edge.tokenizer import Tokenizer
+from tests.unit.fake_lm import FakeLM
+
+class Slow(FakeLM):
+    def prefill(self, tokens, state, lengths=None):
+        if len(self.fed) in {interrupts!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().prefill(tokens, state)
+
+chat.open_model = lambda model: Slow(Tokenizer.load(Path({folder!r})))
+main()
+"""
+
+
+@pytest.fixture
+def process(byte_level_folder: Path) -> Iterator[Any]:
+    """Starts `bmojo-edge chat` on the fake model; Ctrl-C comes in its n-th call for n in `interrupts`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, interrupts: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+        code = CHAT.format(root=str(ROOT), folder=str(byte_level_folder), interrupts=interrupts)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, "chat", *arguments],
+                cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(process: Any) -> None:
+    child = process("--max-tokens", "9", interrupts=(4,))
+    out, err = child.communicate("hello\nwhy?\n", timeout=60)
+    assert child.returncode == 0, err
+    assert "stopped" in err
+    assert len([line for line in err.splitlines() if line.startswith("position")]) == 2
+    assert "Traceback" not in err
+    assert len(out.splitlines()) >= 2
+
+
+def test_ctrl_c_at_once_after_ctrl_c_ends_the_program(process: Any) -> None:
+    child = process("--max-tokens", "100000", interrupts=(3,))
+    child.stdin.write("hello\n")
+    child.stdin.flush()
+    line = child.stderr.readline()
+    assert "stopped" in line
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 0
+
+
+def test_ctrl_c_with_a_prompt_is_130(process: Any) -> None:
+    child = process("--prompt", "hello", interrupts=(2,))
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in err

@@ -28,7 +28,7 @@ class GDN(HeadMixer):
     def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay and beta (..., h) of u (..., d)."""
         beta = self.b_proj(u).to(wide(u.dtype)).sigmoid()
-        return self._log_decay(self.gk_proj(u)), beta * 2 if self.ssm.allow_neg_eigval else beta
+        return self._log_decay(self.gk_proj(u)), beta * 2 if self.options.allow_neg_eigval else beta
 
     def forward(self, u: Tensor, state: GDNState, layout: Layout) -> tuple[Tensor, GDNState]:
         """u (b, t, d) after `state`: y (b, t, d) in `wide` precision, and the state."""

@@ -53,13 +53,13 @@ class GKA(HeadMixer):
         still = torch.zeros((*u.shape[:-1], self.size.heads), dtype=kind, device=u.device)
         g_U = still if self.a_proj is None else self._log_decay(self.a_proj(u))
         alpha = None if self.alpha_proj is None else self.alpha_proj(u).to(kind).sigmoid()
-        return Gates(g_U if self.ssm.use_forgetting_gate_kk else still, g_U, alpha)
+        return Gates(g_U if self.options.use_forgetting_gate_kk else still, g_U, alpha)
 
     def _blend(self, q: Tensor, x: Tensor, gates: Gates) -> Tensor:
         """q + alpha (x - q), scaled for the output."""
-        if self.ssm.num_iter:
+        if self.options.num_iter:
             q = x if gates.alpha is None else q + gates.alpha[..., None] * (x - q)
-        return q * self.size.head_dim**-0.5 if self.ssm.gla_rescale else q
+        return q * self.size.head_dim**-0.5 if self.options.gla_rescale else q
 
     def forward(self, u: Tensor, state: GKAState, layout: Layout) -> tuple[Tensor, GKAState]:
         """u (b, t, d) after `state`: y (b, t, d) in `wide` precision, and the state."""
@@ -70,7 +70,7 @@ class GKA(HeadMixer):
             real = layout.real[..., None]
             k, v = (torch.where(real[..., None], y, 0) for y in (k, v))
             gates = gates._replace(g_H=torch.where(real, gates.g_H, 0), g_U=torch.where(real, gates.g_U, 0))
-        ridge, steps = self.ssm.ridge_strength, self.ssm.num_iter
+        ridge, steps = self.options.ridge_strength, self.options.num_iter
         solved, H = ridge_queries(q, k, gates.g_H, state.H, ridge, steps, layout.reset)
         o, U = linear_attention(self._blend(q, solved, gates), k, v, gates.g_U, state.U, layout.reset)
         return self._out(o, u), GKAState(conv, H, U)
@@ -80,7 +80,7 @@ class GKA(HeadMixer):
         u = u.to(self.o_proj.weight.dtype)
         x, conv = self._project_step(u, state.conv)
         (q, k, v), gates = self._scaled(x, u), self._gates(u)
-        solved, H = ridge_queries_step(q, k, gates.g_H, state.H, self.ssm.ridge_strength, self.ssm.num_iter)
+        solved, H = ridge_queries_step(q, k, gates.g_H, state.H, self.options.ridge_strength, self.options.num_iter)
         o, U = linear_attention_step(self._blend(q, solved, gates), k, v, gates.g_U, state.U)
         new = GKAState(conv, H, U)
         return self._out(o, u), new if step.active is None else choose_rows(step.active, new, state)

@@ -46,7 +46,7 @@ class HeadMixer(nn.Module):
 
     def __init__(self, config: Config, ssm: SSM, dtype: torch.dtype, convolved: str, decays: bool = True) -> None:
         super().__init__()
-        self.ssm, self.size, self.convolved = ssm, delta_sizes(ssm), convolved
+        self.options, self.size, self.convolved = ssm, delta_sizes(ssm), convolved
         d, p, h = config.d_model, self.size.head_dim, self.size.heads
         for name, width in zip("qkv", self.size.widths, strict=True):
             setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False, dtype=dtype))
@@ -78,7 +78,7 @@ class HeadMixer(nn.Module):
         """SiLU of the convolutions of x (b, t, channels), all at once."""
         convs = [getattr(self, f"{name}_conv") for name in self.convolved]
         weight = torch.cat([conv.weight for conv in convs])
-        bias = torch.cat([conv.bias for conv in convs]) if self.ssm.conv_bias else None
+        bias = torch.cat([conv.bias for conv in convs]) if self.options.conv_bias else None
         return F.silu(causal_conv(x, past, weight, bias, lookback))
 
     def _expanded(self, name: str, x: Tensor, own: int) -> Tensor:

@@ -24,7 +24,7 @@ class Mamba2(nn.Module):
 
     def __init__(self, config: Config, ssm: SSM, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ssm, self.size = ssm, mamba2_sizes(ssm)
+        self.options, self.size = ssm, mamba2_sizes(ssm)
         d, d_inner, h, channels = config.d_model, self.size.d_inner, self.size.heads, sum(self.size.widths)
         self.in_proj = nn.Linear(d, d_inner + channels + h, bias=ssm.bias, dtype=dtype)
         self.conv = CausalConv(channels, ssm.d_conv, ssm.conv_bias, dtype)
@@ -55,12 +55,12 @@ class Mamba2(nn.Module):
         x, B, C = F.silu(xBC).to(kind).split(self.size.widths, dim=-1)
         p, n = self.size.head_dim, self.size.d_state
         x, B, C = (to_heads(y.unflatten(-1, (-1, width)), h) for y, width in ((x, p), (B, n), (C, n)))
-        return x, B, C, F.softplus(dt.to(kind) + self.dt_bias).clamp(*self.ssm.dt_limit)
+        return x, B, C, F.softplus(dt.to(kind) + self.dt_bias).clamp(*self.options.dt_limit)
 
     def _out(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Skip, gate, normalise and project y and x (..., h, p): the result in `wide` precision."""
         y = (y + self.D.to(y.dtype)[:, None] * x).flatten(-2) * F.silu(z.to(y.dtype))
-        groups = (self.ssm.n_groups, -1)
+        groups = (self.options.n_groups, -1)
         y = rms_norm(y.unflatten(-1, groups), self.norm.weight.unflatten(-1, groups), self.norm.eps).flatten(-2)
         return linear_wide(y.to(z.dtype), self.out_proj.weight, self.out_proj.bias)
 

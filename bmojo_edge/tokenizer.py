@@ -6,7 +6,6 @@ chat_template.jinja, generation_config.json and config.json. It knows nothing of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,13 +13,14 @@ from typing import Any, Self
 from bmojo_edge import chat_template
 from bmojo_edge.chat_template import ChatTemplateError, Message
 from bmojo_edge.detokenizer import DecoderError, Detokenizer
+from bmojo_edge.tensors import CheckpointError, read_json
 from bmojo_edge.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file is missing or damaged, or a text cannot be encoded; the message names the file or argument."""
+    """A text or ids are not what a tokenizer can take; the message names the argument."""
 
 
 class Tokenizer:
@@ -55,14 +55,14 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Self:
         """The tokenizer in a model folder.
 
-        Raises TokenizerError naming the file that is missing, damaged or of an unknown kind.
+        Raises CheckpointError naming the file that is missing, damaged or of an unknown kind.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens(folder, config)
         path = next((folder / name for name in FILES if (folder / name).is_file()), None)
         if path is None:
-            raise TokenizerError(f"{folder}: has no tokenizer; expected {' or '.join(FILES)}")
+            raise CheckpointError(f"{folder}: has no tokenizer; expected {' or '.join(FILES)}")
         try:
             if path.name == "tokenizer.json":
                 backend = JsonBackend(path)
@@ -77,9 +77,9 @@ class Tokenizer:
                     if token_id >= 0:
                         special.setdefault(name, backend.token(token_id))
         except DecoderError as error:
-            raise TokenizerError(f"{path}: {error}") from None
+            raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
-            raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error})") from error
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
         return cls(backend, special, _eos_ids(folder), _chat_templates(folder, config), folder)
 
     def save(self, folder: str | Path) -> None:
@@ -172,15 +172,7 @@ def _valid(text: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: must be an object, got {type(value).__name__}")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: object) -> object:
@@ -214,7 +206,7 @@ def _eos_ids(folder: Path) -> set[int]:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise TokenizerError(f"{folder / name}: eos_token_id: must be an id or a list of ids, got {value!r}")
+                raise CheckpointError(f"{folder / name}: eos_token_id: must be an id or a list of ids, got {value!r}")
             found.add(token_id)
     return found
 
@@ -229,7 +221,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     elif isinstance(given, list):
         templates = {str(entry["name"]): str(entry["template"]) for entry in given}
     elif given is not None:
-        raise TokenizerError(
+        raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: chat_template: must be a string or a list, got {given!r}"
         )
     if own.is_file():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmojo_edge.chat_template import ChatTemplateError, render
+from bmojo_edge.tensors import CheckpointError
 from bmojo_edge.tokenizer import Tokenizer, TokenizerError
 from tests.unit import tokenizer_folders
 
@@ -197,7 +198,7 @@ def test_template_sources(copy: Path) -> None:
     with pytest.raises(ChatTemplateError, match="'default', only rag"):
         Tokenizer.load(copy).render_chat(CHAT)
     config(3)
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat_template"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template"):
         Tokenizer.load(copy)
 
 
@@ -263,7 +264,7 @@ def _bad_config(folder: Path) -> str:
 
 def _list_config(folder: Path) -> str:
     (folder / "tokenizer_config.json").write_text("[]")
-    return "tokenizer_config.json: must be an object"
+    return "tokenizer_config.json: must hold an object"
 
 
 def _bad_eos(folder: Path) -> str:
@@ -294,7 +295,7 @@ def _bad_decoder(folder: Path) -> str:
 )
 def test_damaged_folders_are_named(copy: Path, damage: Callable[[Path], str]) -> None:
     says = damage(copy)
-    with pytest.raises(TokenizerError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         Tokenizer.load(copy)
     assert says in str(caught.value)
     assert str(copy) in str(caught.value)

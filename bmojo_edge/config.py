@@ -326,6 +326,13 @@ class Config:
             overrides.setdefault("n_layers", None)
         return dataclasses.replace(self, **overrides)
 
+    def with_num_iter(self, num_iter: int) -> Self:
+        """A copy whose gka mixers take `num_iter` steps of their solver. Raises ConfigError where there are none."""
+        if not any(ssm is not None and ssm.kind == "gka" for ssm in map(self.ssm_of, range(len(self.layer_types)))):
+            fail("num_iter", "there is no gka mixer in this model")
+        assert self.ssm is not None
+        return self.replace(ssm=dataclasses.replace(self.ssm, num_iter=num_iter))
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, with `model_type`."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))

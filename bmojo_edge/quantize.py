@@ -16,7 +16,8 @@ from bmojo_edge.config import Quantization
 Array = np.ndarray
 
 _CHUNK = 1 << 22  # values worked on at once, so that a large embedding needs no large temporaries
-_NEVER = ("conv", "norm", "router", "dt_proj")  # small, and errors in them act on the state or on the routing
+# Small, and errors in them act on the state, on its gates or on the routing.
+_NEVER = ("conv", "norm", "router", "dt_proj", "a_proj", "b_proj", "gk_proj")
 
 
 def is_quantizable(name: str, shape: tuple[int, ...], quantization: Quantization) -> bool:

@@ -58,15 +58,17 @@ def load_weights(model: Model, weights: Mapping[str, Any]) -> Model:
     return model
 
 
-def load(path: str | Path, dtype: str | None = None, verify: bool = False) -> Model:
+def load(path: str | Path, dtype: str | None = None, verify: bool = False, num_iter: int | None = None) -> Model:
     """A model from its folder, with its tokenizer where it has one.
 
-    dtype: "float32", "float16" or "bfloat16", None as stored; verify: compare with the folder's golden logits.
+    dtype: "float32", "float16" or "bfloat16", None as stored; verify: compare with the folder's golden logits;
+    num_iter: steps of the solver of gka mixers, None as stored (fewer are faster and less exact).
     Raises CheckpointError naming file and field.
     """
     folder = Path(path)
     config, weights = checkpoint.read(folder)
     config = config if dtype is None else config.replace(dtype=dtype)
+    config = config if num_iter is None else config.with_num_iter(num_iter)
     model = load_weights(Model(config), weights)
     if any((folder / name).is_file() for name in tokenizer.FILES):
         model.tokenizer = tokenizer.Tokenizer.load(folder)

@@ -20,7 +20,7 @@ from bmojo_edge.mlx.block import Block
 from bmojo_edge.mlx.decode import Decoder
 from bmojo_edge.mlx.layers import RMSNorm
 from bmojo_edge.mlx.layout import Layout, layout_of
-from bmojo_edge.mlx.mixers import Mamba, Remembered
+from bmojo_edge.mlx.mixers import Mamba, Mamba2, Remembered
 from bmojo_edge.state import Leaf, State, map_leaves, state_spec
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
@@ -50,7 +50,7 @@ def dtype_of(config: Config) -> mx.Dtype:
 class Model(nn.Module):
     """A language model of `bmojo`, `attention` and state-space layers; parameters as docs/checkpoints.md names them.
 
-    Parameters are in `config.dtype`, but those of the scan (A_log, D, dt_proj.bias), which are float32.
+    Parameters are in `config.dtype`, but those of the scan (A_log, D, dt_bias, dt_proj.bias), which are float32.
     """
 
     def __init__(self, config: Config) -> None:
@@ -81,7 +81,7 @@ class Model(nn.Module):
                 module.bias = mx.zeros_like(module.bias)
             if isinstance(module, Block):
                 mixer = module.mixer
-                into_residual.append(mixer.out_proj if isinstance(mixer, Mamba) else mixer.o_proj)
+                into_residual.append(mixer.out_proj if isinstance(mixer, Mamba | Mamba2) else mixer.o_proj)
                 if "mlp" in module:
                     into_residual.append((module.mlp.experts if "experts" in module.mlp else module.mlp).down_proj)
         for layer in into_residual:

@@ -48,16 +48,24 @@ def load_weights(model: Model, weights: Mapping[str, Any], device: torch.device 
     return model
 
 
-def load(path: str | Path, dtype: str | None = None, verify: bool = False, device: torch.device | str = "cpu") -> Model:
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    verify: bool = False,
+    device: torch.device | str = "cpu",
+    num_iter: int | None = None,
+) -> Model:
     """A model from its folder, in evaluation mode, with its tokenizer where it has one.
 
     dtype: "float32", "float16" or "bfloat16", None as stored; quantised weights are dequantised; verify: compare with
-    the folder's golden logits. Raises CheckpointError naming file and field.
+    the folder's golden logits; num_iter: steps of the solver of gka mixers, None as stored (fewer are faster and less
+    exact). Raises CheckpointError naming file and field.
     """
     folder = Path(path)
     config, weights = checkpoint.read(folder)
     plain = dequantized(weights, config.quantization)
     config = config.replace(quantization=None, **({} if dtype is None else {"dtype": dtype}))
+    config = config if num_iter is None else config.with_num_iter(num_iter)
     with torch.device("meta"):  # no memory and no time for values that are replaced
         model = Model(config)
     load_weights(model, plain, device).eval()

@@ -1,5 +1,6 @@
 """From the text of a kernel to a shared object with one entry: msl_entry(void** arguments, const msl_thread*)."""
 
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -38,27 +39,18 @@ _ATTRIBUTE_VALUES = {
 
 def compile_kernel(name: str, kernel: GeneratedKernel, mode: Mode) -> Path:
     """The shared object of a kernel, compiled now or taken from the cache. Raises `CompileError`."""
-    source = "\n".join(
-        [
-            '#include "msl/host.h"',
-            '#include "mlx/backend/metal/kernels/utils.h"',
-            '#line 1 "kernel.metal"',
-            rewrite(kernel.text),
-            '#line 1 "entry"',
-            _entry(kernel),
-        ]
-    )
+    source = f"{rewrite(kernel.text)}\n{_entry(kernel)}"
 
     def build(output: Path) -> None:
-        object_file = output.with_suffix(".o")
-        flags = [*KERNEL_FLAGS, *MODE_FLAGS[mode], *include_flags()]
-        try:
-            compile_with([*flags, "-x", "c++", "-c", "-", "-o", str(object_file)], stdin=source)
-            compile_with(["-shared", str(object_file), str(runtime_library()), "-o", str(output)])
-        except CompileError as error:
-            raise CompileError(f"{name}: compilation\n{error}") from None
-        finally:
-            object_file.unlink(missing_ok=True)
+        headers = ["-include", "msl/host.h", "-include", "mlx/backend/metal/kernels/utils.h"]
+        flags = [*KERNEL_FLAGS, *MODE_FLAGS[mode], *include_flags(), *headers]
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(folder) / "kernel.metal"  # findings get their places from this name and its lines
+            text.write_text(source)
+            try:
+                compile_with([*flags, "-x", "c++", str(text), "-x", "none", str(runtime_library()), "-o", str(output)])
+            except CompileError as error:
+                raise CompileError(f"{name}: compilation\n{error}") from None
 
     return cached(mode + source, build)
 

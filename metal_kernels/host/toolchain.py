@@ -26,6 +26,8 @@ KERNEL_FLAGS = [
     "-std=c++17",
     f"-march={MARCH}",
     "-fPIC",
+    "-shared",
+    "-fno-sanitize-link-runtime",  # the runtime is ours
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-strict-aliasing",
@@ -43,10 +45,12 @@ MODE_FLAGS = {
     "check": [
         "-O1",
         "-g1",
+        "-gdwarf-4",  # addr2line loses inlined ranges of version 5
         "-DMSL_CHECK",
         "-fno-vectorize",
         "-fno-slp-vectorize",
         "-fno-unroll-loops",
+        "-fno-delete-null-pointer-checks",  # an access through null is made, and seen
         "-fsanitize=thread",
         "-mllvm",
         "-tsan-instrument-func-entry-exit=0",

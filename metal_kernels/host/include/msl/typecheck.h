@@ -237,7 +237,10 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 #include "msl/constants.h"
 
-#define MSL_THREADGROUP_VARIABLE(id, T, name, ...) static threadgroup T name __VA_ARGS__
+template <class T> threadgroup T& msl_threadgroup_memory();
+template <class T> using msl_type = T;  // `half4 (` would be the macro
+#define MSL_THREADGROUP_VARIABLE(id, T, name, ...) \
+  threadgroup msl_type<T>(&name) __VA_ARGS__ = msl_threadgroup_memory<T __VA_ARGS__>()
 
 #define MSL_CONSTRUCT(type, ...) msl_construct<metal::type>::from(__VA_ARGS__)
 #define float2(...) MSL_CONSTRUCT(float2, __VA_ARGS__)

@@ -49,3 +49,10 @@ def alone(name: str, **overrides: Any) -> Config:
 def within(name: str, **overrides: Any) -> Config:
     """Two bmojo layers around the mixer."""
     return odd(ssm=SSMS[name], **overrides)
+
+
+def bound(config: Config, dtype: str = "float32") -> float:
+    """RMS-error ratio allowed. gka divides by what it remembers: its outputs cancel where queries miss every key."""
+    ssm = config.ssm_of(0)
+    loose = ssm is not None and ssm.kind == "gka"
+    return {"float32": 1e-4 if loose else 5e-6, "float16": 2e-2, "bfloat16": 1e-1}[dtype]

@@ -17,7 +17,7 @@ from tests.helpers import (
     rounded,
     take_row,
 )
-from tests.mixers import SSMS, alone, within
+from tests.mixers import SSMS, alone, bound, within
 
 torch = pytest.importorskip("torch")
 
@@ -33,12 +33,6 @@ from bmojo_edge.torch.recurrences import (  # noqa: E402
 
 PLACES = pytest.mark.parametrize("place", [alone, within])
 NAMES = pytest.mark.parametrize("name", SSMS)
-
-
-def bound(config: Config, dtype: str = "float32") -> float:
-    """RMS-error ratio allowed. gka divides by what it remembers: its outputs cancel where queries miss every key."""
-    loose = any(ssm is not None and ssm.kind == "gka" for ssm in map(config.ssm_of, range(2)))
-    return {"float32": 1e-4 if loose else 5e-6, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
 
 
 def model_of(config: Config, weights) -> Model:

@@ -9,11 +9,12 @@ b batch, t tokens of the call, d channels, n state or columns, h query heads, g 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SCAN_STEPS = 32  # tokens of a scan's chunk: chunks advance together, then pass their states on
 QUERY_TILE = 128  # queries whose scores exist at one time
@@ -24,9 +25,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _HalfLinear(torch.autograd.Function):
+    """x (tokens, in) times weight (out, in), both in half precision on a GPU: the float32 sums, not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.t() @ x
+
+
 def linear_wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in), the result in `wide` precision instead of rounded to the weight's dtype."""
-    kind = wide(weight.dtype)
+    """x (..., in) times weight (out, in), the result in `wide` precision instead of rounded to x's dtype."""
+    kind = wide(x.dtype)
+    if x.is_cuda and x.dtype != kind:
+        y = _HalfLinear.apply(x.flatten(0, -2), weight.to(x.dtype)).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.to(kind)
     return F.linear(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
 
 
@@ -143,7 +162,17 @@ def selective_scan(
 
     Chunks of SCAN_STEPS tokens first find their own contribution side by side, then states are passed from chunk to
     chunk, then chunks run again from the right states. Only decays are multiplied, never divided by: no overflow.
+    What the steps compute is 2 n times as large as y, so the backward pass computes it again.
     """
+    inputs = (x, dt, A, B, C, D, state, reset)
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs):
+        return checkpoint(_scan, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return _scan(*inputs)
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
     (b, t, d), n = x.shape, A.shape[1]
     q = min(SCAN_STEPS, t)
     m = -(-t // q)

@@ -36,8 +36,8 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="The system message.")] = None,
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
+    temperature: options.ChatTemperature = None,
+    top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
@@ -56,6 +56,8 @@ def chat(
 
     bmojo-edge chat DIR --prompt "What is the capital of France?"
     """
+    if temperature is None:
+        temperature = 0.6 if prompt is None else 0.0
     options.check(temperature, top_p, top_k, min_p, repetition_penalty, [])
     text = read_stdin() if prompt == "-" else prompt
     lm = open_model(model)
@@ -97,7 +99,7 @@ def _status(session: Session, speed: float | None = None, stopped: str = "") -> 
     parts = [f"position {session.position:,}", state]
     parts += [f"{speed:.1f} tokens/s"] if speed else []
     parts += [stopped] if stopped else []
-    console.print(f"[dim]{' · '.join(parts)}[/]", soft_wrap=True)
+    console.print(f"[dim]{' · '.join(parts)}[/]\n", soft_wrap=True)
 
 
 class _Conversation:

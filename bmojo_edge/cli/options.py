@@ -8,8 +8,11 @@ import typer
 
 _SAMPLING = "Sampling"
 
-Temperature = Annotated[
-    float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)
+_TEMPERATURE = {"min": 0.0, "rich_help_panel": _SAMPLING}
+
+Temperature = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.", **_TEMPERATURE)]
+ChatTemperature = Annotated[
+    float | None, typer.Option("--temp", help="Temperature; left out: 0.6, greedy with --prompt.", **_TEMPERATURE)
 ]
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this mass.", rich_help_panel=_SAMPLING)

@@ -281,12 +281,18 @@ def test_one_answer_for_a_script(lm: FakeLM) -> None:
 
 
 def test_a_conversation_from_a_pipe(lm: FakeLM) -> None:
-    result = run("chat", "--max-tokens", "5", stdin="hello\n\n  why?  \n")
+    result = run("chat", "--max-tokens", "5", "--temp", "0", stdin="hello\n\n  why?  \n")
     ref = Session(lm)
     assert result.stdout == "".join("".join(ref.say(text, max_tokens=5)) + "\n" for text in ("hello", "why?"))
     assert result.exit_code == 0
     assert f"position {ref.position:,} " in result.stderr
     assert "cut at 5 tokens" in result.stderr
+
+
+def test_a_conversation_is_sampled_and_a_seed_repeats_it(lm: FakeLM) -> None:
+    first, again, other = (run("chat", "--seed", seed, stdin="hello\n").stdout for seed in "112")
+    assert first == again != other
+    assert first == "".join(Session(lm).say("hello", max_tokens=512, temperature=0.6, top_p=0.9, seed=1)) + "\n"
 
 
 def test_slash_commands(lm: FakeLM) -> None:

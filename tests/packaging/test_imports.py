@@ -30,11 +30,11 @@ TORCH_SIDE = {"torch", "triton", "transformers"}
 NEUTRAL = [f"bmojo_edge.{name}" for name in ("config", "reference", "checkpoint", "tokenizer", "generate", "session")]
 
 
-def run(code: str, absent: Set[str] = frozenset()) -> str:
+def run(code: str, absent: Set[str] = frozenset(), cwd: Path = ROOT) -> str:
     """What `code` prints in a new Python without the packages in `absent`; fails the test with its error."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(ROOTS)}
     command = [sys.executable, "-W", "error::ImportWarning", "-c", ABSENT.format(absent=set(absent)) + code]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -79,6 +79,19 @@ logits, state = Model(config)(tokens)
 print(*logits.shape, bool(torch.isfinite(logits).all()))
 """
     assert run(code, MLX_SIDE).split() == ["2", "40", "256", "True"]
+
+
+def test_mlx_twin_generates_without_torch(model: Path) -> None:
+    code = """
+import bmojo_edge as be
+print(*(token.id for token in be.stream(be.load("path/to/model"), "Once upon a time", max_tokens=5)))
+"""
+    assert run(code, TORCH_SIDE | {"typer"}, cwd=model.parents[2]).split()
+
+
+@pytest.mark.parametrize("module", ["bmojo_convert", "bmojo_convert.default", "bmojo_edge.cli"])
+def test_converters_and_command_line_import_no_engine(module: str) -> None:
+    run(f"import {module}, sys; assert {module!r} in sys.modules", MLX_SIDE | TORCH_SIDE)
 
 
 @pytest.mark.parametrize("first", ["import bmojo_edge.generate", "import bmojo_edge.session", "be.stream", "pass"])

@@ -3,7 +3,6 @@
 The README's Python runs as it stands, on a small random model in the folder it names.
 """
 
-import json
 import os
 import re
 import shlex
@@ -12,13 +11,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from bmojo_edge import checkpoint
 from bmojo_edge.config import Config
-from bmojo_edge.parameters import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 IMPORT_ROOTS = (".", "metal_kernels", "cuda_kernels", "converters")
@@ -72,32 +67,6 @@ def test_verb_and_its_options_exist(command: str) -> None:
     assert help_of(*verb)
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A random model of bytes with a chat template, where the README's example expects one."""
-    files = tmp_path / "tokenizer"
-    files.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_end|>"])
-    tokenizer.save(str(files / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    settings = {"chat_template": template, "eos_token": "<|im_end|>"}
-    (files / "tokenizer_config.json").write_text(json.dumps(settings))
-
-    config = Config.preset("tiny", vocab_size=288)
-    rng = np.random.default_rng(0)
-    weights = {
-        name: np.ones(shape, np.float32) if name.endswith("norm.weight") else rng.normal(0, 0.05, shape)
-        for name, shape in parameter_shapes(config).items()
-    }
-    folder = tmp_path / "path" / "to" / "model"
-    checkpoint.save(folder, config, weights, tokenizer=files)
-    return folder
-
-
 def test_python_example_runs(model: Path) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in IMPORT_ROOTS)}
@@ -107,4 +76,4 @@ def test_python_example_runs(model: Path) -> None:
     assert done.returncode == 0, done.stderr
     position, nbytes = map(int, done.stdout.split()[-2:])
     assert position > 0
-    assert nbytes == Config.preset("tiny", vocab_size=288).state_bytes()
+    assert nbytes == Config.from_json((model / "config.json").read_text()).state_bytes()

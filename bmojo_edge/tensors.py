@@ -243,9 +243,10 @@ def as_numpy(array: Any) -> np.ndarray:
     """A NumPy array from NumPy's, PyTorch's or MLX's, bfloat16 included; neither framework is imported."""
     if isinstance(array, np.ndarray):
         return array
+    halves = str(array.dtype).endswith("bfloat16")  # NumPy has no such type of its own: pass the bits
     if hasattr(array, "detach"):  # PyTorch
         array = array.detach().cpu()
-    if str(array.dtype).endswith("bfloat16"):  # NumPy has no such type of its own: pass the bits
-        framework = sys.modules["torch" if hasattr(array, "detach") else "mlx.core"]
-        return np.array(array.view(framework.uint16)).view(bfloat16)
-    return np.array(array, copy=None)
+        plain = (array.view(sys.modules["torch"].uint16) if halves else array).numpy()
+    else:
+        plain = np.array(array.view(sys.modules["mlx.core"].uint16) if halves else array)
+    return plain.view(bfloat16) if halves else plain

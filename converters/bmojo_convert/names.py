@@ -95,6 +95,12 @@ GGUF_LLAMA = Table(
 )
 
 
+def own_names(config: Config) -> Table:
+    """The table of a source that has our names already."""
+    names = dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.{i}.", name) for name in parameter_shapes(config))
+    return Table(tuple(Row(name, name) for name in names))
+
+
 class Stored(NamedTuple):
     """Tensors of a source by their own names: shapes, known at once, and how to read one."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bmojo_convert.names import ConvertError, Renamed, Row, Stored, Table
+from bmojo_convert.names import ConvertError, Renamed, Stored, own_names
 from bmojo_convert.source import Source
 from bmojo_edge import checkpoint
 from bmojo_edge.checkpoint import CONFIG, GENERATION, TOKENIZER_FILES
@@ -63,8 +63,7 @@ def open_file(path: Path) -> Source:
             raise ConvertError(f"{path}: {name!r} is no tensor but {type(value).__name__}")
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     config = config.replace(quantization=None)
-    same = Table(tuple(Row(name, name) for name in shapes))
-    renamed = Renamed(config, same, Stored(shapes, lambda name: as_numpy(weights[name])), str(path))
+    renamed = Renamed(config, own_names(config), Stored(shapes, lambda name: as_numpy(weights[name])), str(path))
     return _source(path, path.parent, config, renamed)
 
 

@@ -1,0 +1,290 @@
+"""The table of names, the choice of memories, and models that are ours already."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bmojo_convert import ConvertError, convert, default, hub
+from bmojo_convert.memories import Memories, adapt
+from bmojo_convert.names import GGUF_LLAMA, GGUF_TRANSFORMER, HF_TRANSFORMER, Renamed, Stored, Table
+from bmojo_edge import Config, checkpoint, golden
+from bmojo_edge.parameters import parameter_shapes
+from tests.helpers import GRID, odd, random_weights
+
+TABLES = {"hf": HF_TRANSFORMER, "gguf llama": GGUF_LLAMA, "gguf": GGUF_TRANSFORMER}
+EVERYTHING = Config(
+    vocab_size=11, d_model=12, d_ff=20, n_heads=4, n_kv_heads=2, head_dim=6, layer_types=("attention",) * 3,
+    qk_norm=True, attention_bias=True, rope_theta=100.0,
+)  # fmt: skip
+
+
+def _source(config: Config, table: Table) -> dict[str, tuple[int, ...]]:
+    """The tensors a source of this config has, by the table read from its other side."""
+    layers = range(len(config.layer_types))
+    shapes = parameter_shapes(config)
+    found = {}
+    for row in table.rows:
+        for i in layers if "{i}" in row.ours else [0]:
+            if row.ours.format(i=i) in shapes:
+                found[row.theirs.format(i=i)] = shapes[row.ours.format(i=i)]
+    return found
+
+
+def _renamed(config: Config, table: Table, shapes: dict[str, tuple[int, ...]]) -> Renamed:
+    return Renamed(config, table, Stored(shapes, lambda name: np.zeros(shapes[name], np.float32)), "x.gguf")
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": False}, {"attention_bias": False}])
+def test_table_is_complete(name: str, changes: dict[str, Any]) -> None:
+    """Every parameter of a Transformer has its row, each row its parameter, and no two share a tensor."""
+    table, config = TABLES[name], EVERYTHING.replace(**changes)
+    shapes = _source(config, table)
+    renamed = _renamed(config, table, shapes)
+    assert list(renamed) == list(parameter_shapes(config))
+    assert len(renamed) == len(shapes)
+    assert {row.ours for row in table.rows} == {
+        "layers.{i}." + name.split(".", 2)[2] if name.startswith("layers.") else name
+        for name in parameter_shapes(EVERYTHING)
+    }
+    assert len({row.theirs for row in table.rows}) == len(table.rows)
+    assert all({field for _, field, _, _ in string.Formatter().parse(row.ours)} <= {None, "i"} for row in table.rows)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_strict(name: str) -> None:
+    """Any tensor taken away, added or reshaped is named."""
+    table, shapes = TABLES[name], _source(EVERYTHING, TABLES[name])
+    for tensor, shape in shapes.items():
+        without = {key: value for key, value in shapes.items() if key != tensor}
+        with pytest.raises(ConvertError, match=f"x.gguf: tensor '{tensor}' is missing"):
+            _renamed(EVERYTHING, table, without)
+        with pytest.raises(ConvertError, match=f"x.gguf: tensor '{tensor}' has shape"):
+            _renamed(EVERYTHING, table, {**shapes, tensor: (*shape[:-1], shape[-1] + 1)})
+    with pytest.raises(ConvertError, match=r"x.gguf: 2 tensor\(s\) left over, such as 'a.weight'"):
+        _renamed(EVERYTHING, table, {**shapes, "a.weight": (1,), "b": (1,)})
+    layer = next(name for name in shapes if ".2." in name)
+    with pytest.raises(ConvertError, match="left over"):
+        _renamed(EVERYTHING, table, {**shapes, layer.replace(".2.", ".3."): (1,)})
+
+
+_NORM = "model.layers.0.input_layernorm.weight"
+
+
+def test_a_layer_the_format_lacks() -> None:
+    config = odd("mamba", ssm={"kind": "mamba"})
+    with pytest.raises(ConvertError, match=r"this format has no tensor for 'layers\.0\.mixer\.in_proj\.weight'"):
+        _renamed(
+            config,
+            HF_TRANSFORMER,
+            {"model.embed_tokens.weight": (37, 20), "model.layers.0.input_layernorm.weight": (20,)},
+        )
+
+
+# --- memories -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "kinds", "window", "left"),
+    [
+        (None, 8, "bbb", 8, None),
+        (20, 8, "bbb", 8, None),
+        (20, 20, "bbb", 20, None),
+        (20, 64, "bbb", 20, None),
+        ((None, 20, 5), 10, "bba", 10, (None, None, 5)),
+        ((None, 20, 5), 64, "baa", 64, (None, 20, 5)),
+        ((12, 20, 5), 64, "aba", 20, (12, None, 5)),
+        ((12, 20, 5), 4, "bbb", 4, None),
+    ],
+)
+def test_windows(own: Any, asked: int, kinds: str, window: int, left: Any) -> None:
+    """No layer sees farther than it did, and none keeps a growing cache."""
+    config = adapt(EVERYTHING.replace(attention_window=own), Memories(window=asked, eidetic=3), "x")
+    assert config.layer_types == tuple({"b": "bmojo", "a": "attention"}[kind] for kind in kinds)
+    assert (config.window, config.n_sinks, config.n_eidetic, config.n_fading) == (window, 4, 3, 0)
+    assert config.attention_window == left
+    assert config.chunk == min(64, window)
+    assert not config.growing_layers
+
+
+def test_models_with_memories_keep_what_is_not_asked_for() -> None:
+    config = adapt(odd(), Memories(window=40, eidetic=7), "x")
+    assert dataclasses.asdict(config) == dataclasses.asdict(odd(window=40, n_eidetic=7, chunk=3))
+    assert adapt(odd(), Memories(sinks=1), "x") == odd(n_sinks=1)
+    assert adapt(odd(), Memories(window=2), "x").chunk == 2
+    assert adapt(odd(), Memories(), "x") == odd()
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["all", "untied, qk-norm, bias", "mixed", "experts", "norms in the ssm"])
+def test_ours_to_ours(case: str, tmp_path: Path) -> None:
+    config, weights = GRID[case], random_weights(GRID[case])
+    checkpoint.save(tmp_path / "a", config, weights)
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    out = convert(tmp_path / "a", tmp_path / "b", dtype="float32")
+    got_config, got = checkpoint.read(out)
+    assert got_config == config
+    assert all(np.array_equal(got[name], weights[name]) for name in weights)
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [3]}
+    made = golden.read(out)
+    assert made is not None
+    assert made.author.startswith("bmojo_edge.reference")
+    half = convert(tmp_path / "a", tmp_path / "c", dtype="bfloat16")
+    assert checkpoint.read(half)[0] == config.replace(dtype="bfloat16")
+
+
+@pytest.mark.parametrize("form", ["mapping", "text", "beside"])
+@pytest.mark.parametrize("key", ["weights", "model", "state_dict"])
+def test_pytorch_file(form: str, key: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    config, weights = odd(dtype="bfloat16"), random_weights(odd())
+    tensors = {name: torch.from_numpy(array).bfloat16() for name, array in weights.items()}
+    content: dict[str, Any] = {key: tensors}
+    if form == "beside":
+        (tmp_path / "config.json").write_text(config.to_json())
+        content = tensors if key == "weights" else content
+    else:
+        content["config"] = config.to_dict() if form == "mapping" else config.to_json()
+    torch.save(content, tmp_path / "model.pt")
+    out = convert(tmp_path / "model.pt", tmp_path / "out", dtype="float32")
+    got_config, got = checkpoint.read(out)
+    assert got_config == config.replace(dtype="float32")
+    name = "layers.0.mixer.ssm.A_log"
+    np.testing.assert_array_equal(got[name], tensors[name].float().numpy())
+    tensors.pop(name)
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ConvertError, match=f"model.pt: tensor '{name}' is missing"):
+        convert(tmp_path / "model.pt", tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "must hold a mapping"),
+        ({"config": {"model_type": "bmojo"}}, "has none of weights, model, state_dict"),
+        ({"config": {"model_type": "bmojo"}, "weights": {}}, "config: vocab_size: is missing"),
+        ({"config": {}, "weights": {"a": 3}}, "config: "),
+        ({"weights": {"a": 3}}, r"config\.json: file is missing"),
+    ],
+)
+def test_pytorch_files_of_another_form(content: Any, message: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        convert(tmp_path / "model.pt", tmp_path / "out")
+    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04 not much else")
+    with pytest.raises(ConvertError, match=r"model\.pt: "):
+        convert(tmp_path / "model.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the hub and the default model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "is_id"),
+    [("owner/name", True), ("HuggingFaceTB/SmolLM2-135M", True), ("a.b/c_d", True), ("./a", False), ("../a", False),
+     ("a", False), ("/a/b", False), ("a/b/c", False), ("~/a", False), ("a/", False), ("a b/c", False)],
+)  # fmt: skip
+def test_hub_ids(source: str, is_id: bool) -> None:
+    assert hub.is_hub_id(source) == is_id
+
+
+def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id becomes a folder of what is needed, with the revision asked for and progress in bytes."""
+    import huggingface_hub
+
+    checkpoint.save(tmp_path / "snapshot", odd(), random_weights(odd()))
+    asked: dict[str, Any] = {}
+
+    def snapshot(repo: str, **options: Any) -> str:
+        asked.update(repo=repo, **options)
+        with options["tqdm_class"](total=10, unit="B", name="x", desc="y", disable=True) as bar:
+            bar.update(4)
+            bar.refresh()
+        with options["tqdm_class"](range(3)) as files:
+            list(files)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    seen: list[tuple[str, int, int]] = []
+    out = convert("owner/name", tmp_path / "out", revision="v2", progress=lambda *step: seen.append(step))
+    assert checkpoint.read(out)[0].layer_types == odd().layer_types
+    assert (asked["repo"], asked["revision"]) == ("owner/name", "v2")
+    assert "model*.safetensors" in asked["allow_patterns"]
+    assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith((".bin", ".pt", ".py"))]
+    assert ("download", 4, 10) in seen
+    assert {step[2] for step in seen if step[0] == "download"} == {10}
+
+
+@pytest.fixture
+def small_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the default model's source, and a cache of our own."""
+    source = odd("attention", "attention", ssm=None)
+    checkpoint.save(tmp_path / "source", source, random_weights(source))
+    monkeypatch.setenv("BMOJO_EDGE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(default, "default_source", lambda: tmp_path / "source")
+    return tmp_path / "home"
+
+
+def test_default_model(small_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, with the window and sinks of an adapted Transformer; again when damaged or when the recipe changes."""
+    seen: list[str] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+
+    path = default.ensure_default_model(progress)
+    assert path.parent == small_default / "models"
+    config, _ = checkpoint.read(path)
+    assert (set(config.layer_types), config.window, config.n_sinks, config.n_eidetic) == ({"bmojo"}, 1024, 4, 0)
+    assert config.chunk == 64
+    assert seen
+    seen.clear()
+    assert default.ensure_default_model(progress) == path
+    assert not seen
+    (path / "model.safetensors").write_bytes(b"damaged")
+    assert checkpoint.read(default.ensure_default_model(progress))[0] == config
+    assert seen
+    monkeypatch.setattr(default, "RECIPE", default.RECIPE + 1)
+    newer = default.ensure_default_model()
+    assert newer != path
+    assert [entry.name for entry in (small_default / "models").iterdir() if not entry.name.startswith(".")] == [
+        newer.name
+    ]
+
+
+def test_default_model_in_two_processes(small_default: Path, tmp_path: Path) -> None:
+    """The second waits for the first and finds its work done."""
+    script = (
+        "import sys; from pathlib import Path; from bmojo_convert import default\n"
+        f"default.default_source = lambda: Path({str(tmp_path / 'source')!r})\n"
+        "default.ensure_default_model(lambda *step: print(*step))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    texts = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("golden 1 1" in text for text in texts) == [False, True]
+    assert checkpoint.read(default.default_model_path())[0].window == 1024
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BMOJO_EDGE_HOME", raising=False)
+    assert default.home() == Path.home() / ".cache" / "bmojo-edge"
+    monkeypatch.setenv("BMOJO_EDGE_HOME", "~/elsewhere")
+    assert default.home() == Path.home() / "elsewhere"

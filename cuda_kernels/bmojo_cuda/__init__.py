@@ -3,7 +3,7 @@
 Knows nothing of models, checkpoints or the rest of bmojo-edge; imports PyTorch and Triton and nothing of ours.
 """
 
-from bmojo_cuda.causal_conv import causal_conv, causal_conv_reference
-from bmojo_cuda.selective_scan import selective_scan, selective_scan_reference
+from bmojo_cuda.conv import causal_conv, causal_conv_reference
+from bmojo_cuda.scan import selective_scan, selective_scan_reference
 
 __all__ = ["causal_conv", "causal_conv_reference", "selective_scan", "selective_scan_reference"]

@@ -1,4 +1,4 @@
-"""Triton bodies of the depthwise causal convolution with SiLU, forward and backward; causal_conv.py launches them.
+"""Triton bodies of the depthwise causal convolution with SiLU, forward and backward; conv.py launches them.
 
 Channels lie on lanes and the last TAPS - 1 inputs stay in registers while a program walks over SPAN tokens, so every
 input is read once (and TAPS - 1 of the neighbouring span). MARKS (b, l) is that of the scan, a pair of float32 seen as

@@ -1,4 +1,4 @@
-"""Triton bodies of the selective scan (Mamba-1), forward and backward; selective_scan.py launches them.
+"""Triton bodies of the selective scan (Mamba-1), forward and backward; scan.py launches them.
 
 Time is cut into spans so that hundreds of warps are in flight: states at the ends of spans, states passed from span to
 span, outputs of each span from its first state; backward is the mirror image. Inside a program channels lie on lanes
@@ -11,8 +11,8 @@ is added to the exponent (0, or -1e30 where a document starts) and 1 for a real 
 padded to whole segments.
 """
 
-# Triton's language, not Python's: tuples grow by concatenation, and static loops need no variable.
-# ruff: noqa: B007, RUF059, SIM102
+# Triton's language, not Python's: tuples grow by concatenation.
+# ruff: noqa: RUF059, SIM102
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportReturnType=false

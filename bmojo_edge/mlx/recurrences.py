@@ -170,9 +170,26 @@ def ridge_queries_step(
 ) -> tuple[mx.array, mx.array]:
     """One token of `ridge_queries`: q, k (b, h, n), g (b, h); x (b, h, n) and the new H."""
     state = mx.exp(g)[..., None, None] * state + k[..., None] * k[..., None, :]
-    square = mx.square(state).sum((-2, -1))[..., None]
-    x = _chebyshev(lambda x: (state @ x[..., None])[..., 0], q, square, ridge_strength, num_iter)
-    return x, state
+    square = mx.square(state).sum((-2, -1), keepdims=True)
+    empty = square <= 0  # nothing was remembered, so nothing can be read
+    inverse = mx.rsqrt(mx.where(empty, 1, square))
+    # `_chebyshev` with everything that its steps have in common in one matrix: there are thirty steps a token.
+    step, momenta = _schedule(ridge_strength, num_iter)
+    matrix = (1 - step * ridge_strength) * mx.eye(state.shape[-1]) - (step * inverse) * state
+    start = step * q[..., None]
+    before, x = mx.zeros_like(start), start
+    for omega in momenta:
+        before, x = x, before + omega * (mx.addmm(start, matrix, x) - before)
+    return mx.where(empty, 0, inverse * x)[..., 0], state
+
+
+def _schedule(ridge_strength: float, num_iter: int) -> tuple[float, list[float]]:
+    """The length of a step and the momentum of each, for eigenvalues in [0, 1] shifted by `ridge_strength`."""
+    rho, omega, momenta = 1 / (1 + 2 * ridge_strength), 2.0, []
+    for _ in range(num_iter):
+        omega = 1 / (1 - rho**2 * omega / 4)
+        momenta.append(omega)
+    return 2 * rho, momenta
 
 
 def _chebyshev(
@@ -184,10 +201,9 @@ def _chebyshev(
     """
     empty = square <= 0  # nothing was remembered, so nothing can be read
     inverse = mx.rsqrt(mx.where(empty, 1, square))
-    step, quarter = 2 / (1 + 2 * ridge_strength), (0.5 / (1 + 2 * ridge_strength)) ** 2  # rho^2 / 4
-    before, x, omega = mx.zeros_like(q), step * q, 2.0
-    for _ in range(num_iter):
-        omega = 1 / (1 - quarter * omega)
+    step, momenta = _schedule(ridge_strength, num_iter)
+    before, x = mx.zeros_like(q), step * q
+    for omega in momenta:
         residual = q - inverse * apply(x) - ridge_strength * x
         before, x = x, omega * (x + step * residual) + (1 - omega) * before
     return mx.where(empty, 0, inverse * x)

@@ -210,9 +210,27 @@ def ridge_queries_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `ridge_queries`: q, k (b, h, n), g (b, h); x (b, h, n) and the new H."""
     state = torch.addcmul(k[..., None] * k[..., None, :], g.exp()[..., None, None], state)
-    square = state.square().sum((-2, -1))[..., None]
-    x = _chebyshev(lambda x: (state @ x[..., None])[..., 0], q, square, ridge_strength, num_iter)
-    return x, state
+    square = state.square().sum((-2, -1), keepdim=True)
+    empty = square <= 0  # nothing was remembered, so nothing can be read
+    inverse = square.masked_fill(empty, 1).rsqrt()
+    # `_chebyshev` with everything that its steps have in common in one matrix: there are thirty steps a token.
+    step, momenta = _schedule(ridge_strength, num_iter)
+    one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device)
+    matrix = (1 - step * ridge_strength) * one - (step * inverse) * state
+    start = step * q[..., None]
+    before, x = torch.zeros_like(start), start
+    for omega in momenta:
+        before, x = x, torch.lerp(before, start + matrix @ x, omega)
+    return (inverse * x).masked_fill(empty, 0)[..., 0], state
+
+
+def _schedule(ridge_strength: float, num_iter: int) -> tuple[float, list[float]]:
+    """The length of a step and the momentum of each, for eigenvalues in [0, 1] shifted by `ridge_strength`."""
+    rho, omega, momenta = 1 / (1 + 2 * ridge_strength), 2.0, []
+    for _ in range(num_iter):
+        omega = 1 / (1 - rho**2 * omega / 4)
+        momenta.append(omega)
+    return 2 * rho, momenta
 
 
 def _chebyshev(
@@ -224,10 +242,9 @@ def _chebyshev(
     """
     empty = square <= 0  # nothing was remembered, so nothing can be read
     inverse = square.masked_fill(empty, 1).rsqrt()
-    step, quarter = 2 / (1 + 2 * ridge_strength), (0.5 / (1 + 2 * ridge_strength)) ** 2  # rho^2 / 4
-    before, x, omega = torch.zeros_like(q), step * q, 2.0
-    for _ in range(num_iter):
-        omega = 1 / (1 - quarter * omega)
+    step, momenta = _schedule(ridge_strength, num_iter)
+    before, x = torch.zeros_like(q), step * q
+    for omega in momenta:
         residual = q - inverse * apply(x) - ridge_strength * x
         before, x = x, omega * (x + step * residual) + (1 - omega) * before
     return (inverse * x).masked_fill(empty, 0)

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.floating]
+Flags = NDArray[np.bool_]
+
 
 class SamplingError(ValueError):
     """An option of sampling is out of range; the message names it."""
@@ -72,36 +75,51 @@ class Choice(NamedTuple):
     logprob: float  # before penalty, temperature and filters
 
 
-def filtered(logits: NDArray[np.floating], sampling: Sampling, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Logits (v,) after penalty, temperature and filters; -inf where a token cannot be drawn. `temperature` > 0."""
+def candidates(logits: Floats, sampling: Sampling, seen: Flags) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The tokens that can be drawn, ids ascending, and their probabilities, which sum to 1; `temperature` > 0."""
     scores = penalised(logits, sampling.repetition_penalty, seen)
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf
-        scores = (scores - scores.max()) / sampling.temperature
+        scores = (scores - scores.max()) / np.float32(max(sampling.temperature, 1e-37))
+    ids = np.arange(scores.size)
     if 0 < sampling.top_k < scores.size:
         kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        scores[scores < kth] = -np.inf
+        ids = np.flatnonzero(scores >= kth)
+    p = _normalised(np.exp(scores[ids]))
     if sampling.top_p < 1.0:
-        ascending = np.argsort(scores, kind="stable")
-        dropped = np.cumsum(_softmax(scores[ascending])) <= 1.0 - sampling.top_p
-        dropped[-1] = False  # the likeliest always stays
-        scores[ascending[dropped]] = -np.inf
+        kept = np.sort(_nucleus(p, sampling.top_p))
+        ids, p = ids[kept], _normalised(p[kept])
     if sampling.min_p > 0.0:
-        scores[scores < scores.max() + math.log(sampling.min_p)] = -np.inf
-    return scores
+        kept = p >= sampling.min_p * p.max()
+        ids, p = ids[kept], _normalised(p[kept])
+    return ids, p
 
 
-def penalised(logits: NDArray[np.floating], penalty: float, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """A float64 copy of logits (v,) with tokens in `seen` (v,) made less likely by `penalty` > 1."""
-    scores = logits.astype(np.float64)
+def penalised(logits: Floats, penalty: float, seen: Flags) -> NDArray[np.float32]:
+    """A float32 copy of logits (v,) with tokens in `seen` (v,) made less likely by `penalty` > 1."""
+    scores = logits.astype(np.float32)
     if penalty != 1.0:
         repeated = scores[seen]
         scores[seen] = np.where(repeated < 0, repeated * penalty, repeated / penalty)
     return scores
 
 
-def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    p = np.exp(scores - scores.max())
-    return p / p.sum()
+def _normalised(p: Floats) -> NDArray[np.float64]:
+    return p / p.sum(dtype=np.float64)
+
+
+def _nucleus(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
+    """Indices of the fewest likeliest entries whose probabilities reach `mass`, at least one."""
+    size = 64
+    while size < p.size:  # sorting a whole vocabulary takes longer than many a model's step
+        top = np.argpartition(p, -size)[-size:]
+        if p[top].sum() >= mass:
+            break
+        size *= 8
+    else:
+        top = np.arange(p.size)
+    descending = top[np.lexsort((top, -p[top]))]
+    reached = np.cumsum(p[descending])
+    return descending[: 1 + int(np.searchsorted(reached[:-1], mass))]
 
 
 class Sampler:
@@ -116,7 +134,7 @@ class Sampler:
         self._seen = np.zeros(vocab_size, dtype=np.bool_)
         self._seen[list(context)] = True
 
-    def choose(self, logits: NDArray[np.floating]) -> Choice:
+    def choose(self, logits: Floats) -> Choice:
         """The next token from logits (v,). Raises LogitsError where they are not numbers."""
         top = float(logits.max())
         if not math.isfinite(top):  # a NaN anywhere makes the maximum NaN
@@ -125,9 +143,10 @@ class Sampler:
             penalty = self.sampling.repetition_penalty
             chosen = int((logits if penalty == 1.0 else penalised(logits, penalty, self._seen)).argmax())
         else:
-            cumulative = np.cumsum(_softmax(filtered(logits, self.sampling, self._seen)))
+            ids, p = candidates(logits, self.sampling, self._seen)
+            cumulative = np.cumsum(p)
             drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
-            chosen = int(min(drawn, np.flatnonzero(cumulative == cumulative[-1])[0]))
+            chosen = int(ids[min(drawn, np.searchsorted(cumulative, cumulative[-1]))])
         self._seen[chosen] = True
         spread = np.exp(logits - top).sum(dtype=np.float64)
         return Choice(chosen, float(logits[chosen]) - top - math.log(spread))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmojo_edge.sampling import LogitsError, Sampler, Sampling, SamplingError, filtered, penalised
+from bmojo_edge.sampling import LogitsError, Sampler, Sampling, SamplingError, candidates, penalised
 
 VOCAB = 61
 
@@ -51,9 +51,22 @@ def test_filters_are_those_of_transformers(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     seen = np.zeros(VOCAB, dtype=np.bool_)
     seen[context] = True
-    got, ref = filtered(logits, sampling, seen), expected[0].numpy()
-    assert (np.isneginf(got) == np.isneginf(ref)).all()
-    np.testing.assert_allclose(softmax(got), softmax(ref), rtol=1e-12, atol=1e-300)
+    ids, p = candidates(logits, sampling, seen)
+    ref = softmax(expected[0].numpy())
+    assert ids.tolist() == np.flatnonzero(np.isfinite(expected[0].numpy())).tolist()
+    np.testing.assert_allclose(p, ref[ids], rtol=2e-4, atol=1e-12)  # at temperature 0.1 a float32 ulp grows tenfold
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.999])
+def test_top_p_of_a_large_vocabulary(top_p: float, scale: float) -> None:
+    logits = (np.random.default_rng(0).normal(size=20_000) * scale).astype(np.float32)
+    ids, p = candidates(logits, Sampling(temperature=1.0, top_p=top_p), np.zeros(20_000, np.bool_))
+    descending = np.sort(softmax(logits.astype(np.float64)))[::-1]
+    fewest = int((np.cumsum(descending) < top_p).sum()) + 1
+    assert abs(len(ids) - fewest) <= 1 + 1e-4 * fewest
+    assert logits[ids].min() >= np.delete(logits, ids).max()
+    assert p.sum() == pytest.approx(1.0)
 
 
 def test_the_inputs_stay_as_they_were() -> None:

@@ -123,6 +123,21 @@ def test_inactive_rows_keep_their_state(name):
     assert_states_equal(take_row(moved, 1), take_row(both, 1))
 
 
+@pytest.mark.cuda
+@torch.no_grad()
+@NAMES
+@PLACES
+def test_on_a_gpu(name, place):
+    config = place(name)
+    weights, tokens = random_weights(config), random_tokens(config, 2, 150)
+    model = model_of(config, weights).cuda()
+    want, final = reference.forward(config, weights, tokens)
+    got, state = model(tokens[:, :-1])
+    last, state = model.decode_one_token(tokens[:, -1], state)
+    assert_close(torch.cat([got, last[:, None]], dim=1), want, bound(config))
+    assert_states_close(state, final, bound(config))
+
+
 @NAMES
 @PLACES
 def test_gradients_are_the_derivative_of_the_oracle(name, place):

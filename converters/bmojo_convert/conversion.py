@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bmojo_convert import gguf, hf, hub, ours
+from bmojo_convert import gguf, hf, ours
 from bmojo_convert.memories import Memories, adapt
 from bmojo_convert.names import ConvertError
 from bmojo_convert.source import Source
-from bmojo_edge import checkpoint, golden
+from bmojo_edge import checkpoint, golden, hub
 from bmojo_edge.checkpoint import CONFIG, GENERATION
 from bmojo_edge.config import DTYPES, Config, ConfigError, Quantization
 from bmojo_edge.golden import Golden
@@ -71,7 +71,7 @@ def convert(
     out = Path(out)
     if out.exists():
         checkpoint.check_replaceable(out, overwrite)
-    path = _locate(source, revision, progress)
+    path = hub.locate(source, revision, progress)
     if out.exists() and os.path.samefile(out, path):
         raise ConvertError(f"{out}: is the source itself; choose another folder")
     model = _open(path)
@@ -90,15 +90,6 @@ def convert(
 def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
     if progress is not None:
         progress(stage, done, total)
-
-
-def _locate(source: str | Path, revision: str | None, progress: Progress | None) -> Path:
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if isinstance(source, str) and hub.is_hub_id(source):
-        return hub.download(source, revision, progress)
-    raise ConvertError(f"{source}: no such file or folder, and no hub id of the form owner/name")
 
 
 def _open(path: Path) -> Source:

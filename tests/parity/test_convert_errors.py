@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from bmojo_convert import ConvertError, convert
+from bmojo_convert import convert
 from bmojo_edge import checkpoint, golden
 from bmojo_edge.checkpoint import CheckpointError
 from tests.parity import foreign
@@ -249,7 +249,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 
 def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ConvertError, match="owner/name: no such file or folder here, and the hub does not give it"):
+    with pytest.raises(CheckpointError, match="owner/name: no such file or folder here, and the hub does not give it"):
         convert("owner/name", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmojo_convert import ConvertError, convert, default, hub
+from bmojo_convert import ConvertError, convert, default
 from bmojo_convert.memories import Memories, adapt
 from bmojo_convert.names import GGUF_LLAMA, GGUF_TRANSFORMER, HF_TRANSFORMER, Renamed, Stored, Table
-from bmojo_edge import Config, checkpoint, golden
+from bmojo_edge import Config, checkpoint, golden, hub
 from bmojo_edge.parameters import parameter_shapes
 from tests.helpers import GRID, odd, random_weights
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a repository's weights, configuration and tokenizer as a local folder."""
+"""Where a model is: a path on this machine, or a repository of the Hugging Face hub brought to it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bmojo_convert.names import ConvertError
 from bmojo_edge.checkpoint import CONFIG, GENERATION, TOKENIZER_FILES, Progress
 from bmojo_edge.golden import FILE as GOLDEN
-from bmojo_edge.tensors import INDEX
+from bmojo_edge.tensors import INDEX, CheckpointError
 
 _WANTED = ["model*.safetensors", INDEX, GOLDEN, CONFIG, GENERATION, *TOKENIZER_FILES]
+
+
+def locate(source: str | Path, revision: str | None = None, progress: Progress | None = None) -> Path:
+    """The path of a file or folder that exists, else the local copy of the hub repository `source` names.
+
+    progress is called with ("download", bytes, bytes in all). Raises CheckpointError where there is neither.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and is_hub_id(source):
+        return download(source, revision, progress)
+    raise CheckpointError(f"{source}: no such file or folder, and no hub id of the form owner/name")
 
 
 def is_hub_id(source: str) -> bool:
@@ -20,11 +32,8 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
 
 
-def download(repo: str, revision: str | None, progress: Progress | None) -> Path:
-    """The local copy of a repository, fetched where it is not complete; reports ("download", bytes, bytes in all).
-
-    Raises ConvertError where the hub does not give it.
-    """
+def download(repo: str, revision: str | None = None, progress: Progress | None = None) -> Path:
+    """The local copy of a repository's safetensors, JSON and tokenizer files, fetched where it is not complete."""
     import huggingface_hub
     from tqdm.auto import tqdm
 
@@ -43,5 +52,7 @@ def download(repo: str, revision: str | None, progress: Progress | None) -> Path
         path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_WANTED, tqdm_class=Bar)
     except (OSError, ValueError) as error:  # the hub's own errors are among these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConvertError(f"{repo}: no such file or folder here, and the hub does not give it ({reason})") from error
+        raise CheckpointError(
+            f"{repo}: no such file or folder here, and the hub does not give it ({reason})"
+        ) from error
     return Path(path)

@@ -13,7 +13,7 @@ from .toolchain import KERNEL_FLAGS, MODE_FLAGS, cached, compile_with, include_f
 Mode = Literal["fast", "check"]
 
 # Each thread attribute out of `thread_id`, an msl_thread (include/msl/thread_id.h).
-_ATTRIBUTE_VALUES = {
+ATTRIBUTE_VALUES = {
     "thread_position_in_grid": "MSL_UINT3(thread_id->position_in_grid)",
     "thread_position_in_threadgroup": "MSL_UINT3(thread_id->position_in_threadgroup)",
     "threadgroup_position_in_grid": "MSL_UINT3(thread_id->threadgroup_position)",
@@ -61,7 +61,7 @@ def _entry(kernel: GeneratedKernel) -> str:
         const = "" if parameter.kind == "output" else "const "
         value = f"({const}{parameter.metal_type}*)arguments[{index}]"
         arguments.append(f"*{value}" if parameter.by_reference else value)
-    arguments += [_ATTRIBUTE_VALUES[attribute] for attribute in kernel.attributes]
+    arguments += [ATTRIBUTE_VALUES[attribute] for attribute in kernel.attributes]
     call = f"{kernel.function}{kernel.template_arguments}({', '.join(arguments)})"
     return (
         "#define MSL_UINT3(v) uint3((v)[0], (v)[1], (v)[2])\n"

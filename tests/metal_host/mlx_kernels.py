@@ -113,8 +113,8 @@ def steel_attention(dtype: str, queries: int, keys: int, head_dim: int = 64) -> 
     p.Q_strides[1] = p.O_strides[1] = {queries * head_dim}, p.K_strides[1] = p.V_strides[1] = {keys * head_dim};
     p.Q_strides[2] = p.O_strides[2] = p.K_strides[2] = p.V_strides[2] = {head_dim};
     attention<T, {rows}, {columns}, {head_dim}, {head_dim}, 4, 1>(q, k, v, out, &p, nullptr,
-        (const device float*)nullptr, nullptr, nullptr, thread_index_in_simdgroup, simdgroup_index_in_threadgroup, threadgroup_position_in_grid,
-        thread_position_in_threadgroup);"""
+        (const device float*)nullptr, nullptr, nullptr, thread_index_in_simdgroup, simdgroup_index_in_threadgroup,
+        threadgroup_position_in_grid, thread_position_in_threadgroup);"""
     header = mlx_text("steel/attn/kernels/steel_attention.h", constants)
     kernel = metal_kernel("steel_attention", ["q", "k", "v", "scale"], ["out"], source, header)
     call = {

@@ -28,5 +28,5 @@ def test_there_are_cases() -> None:
 def test_a_wrong_launch_of_a_right_kernel_is_reported() -> None:
     """MLX's looped softmax reduces over 32 SIMD-groups, whether or not they are there: MLX always launches them."""
     case = mlx_kernels.softmax("float32", 1003, threads=128, looped=True)
-    with pytest.raises(CheckError, match="uninitialised at .*`maxval = simd_max"):
+    with pytest.raises(CheckError, match=r"uninitialised at .*`maxval = simd_max"):
         case.run(Run(source_checks=False))

@@ -1,4 +1,4 @@
-    // The K largest of each row, the earlier first on a tie: each SIMD-group finds its best, then the threadgroup its own.
+    // The K largest of each row, the earlier first on a tie: each SIMD-group finds its best, then the threadgroup does.
     constexpr uint GROUPS = 4, NONE = 0xffffffffu;
     threadgroup float best_value[GROUPS];
     threadgroup uint best_index[GROUPS];

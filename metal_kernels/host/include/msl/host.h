@@ -15,29 +15,7 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef _Float16 half;
-
-// bfloat: float arithmetic rounded to nearest even. Only explicit conversions to it, as in MSL.
-struct bfloat {
-  uint16_t bits;
-
-  bfloat() = default;
-  template <class T> MSL_INLINE constexpr explicit bfloat(T x) : bits(round(float(x))) {}
-  MSL_INLINE constexpr operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
-
-  MSL_INLINE static constexpr uint16_t round(float x) {
-    const uint32_t all = __builtin_bit_cast(uint32_t, x);
-    const bool is_nan = (all & 0x7fffffffu) > 0x7f800000u;
-    return uint16_t(is_nan ? all >> 16 | 0x40 : (all + 0x7fffu + (all >> 16 & 1)) >> 16);
-  }
-};
-#define MSL_BFLOAT_OPERATOR(op)                                                                              \
-  MSL_INLINE constexpr bfloat operator op(bfloat a, bfloat b) { return bfloat(float(a) op float(b)); }       \
-  MSL_INLINE bfloat& operator op##=(bfloat& a, bfloat b) { return a = a op b; }
-MSL_BFLOAT_OPERATOR(+)
-MSL_BFLOAT_OPERATOR(-)
-MSL_BFLOAT_OPERATOR(*)
-MSL_BFLOAT_OPERATOR(/)
-MSL_INLINE constexpr bfloat operator-(bfloat a) { return bfloat(-float(a)); }
+#include "msl/bfloat.h"
 
 // ---- the runtime's side, see ../native/runtime.h ----
 extern "C" {
@@ -140,6 +118,7 @@ MSL_INLINE void msl_matrix_access(const char*) {}
 }  // namespace metal
 #include "msl/matrix.h"
 #include "msl/simd.h"
+#include "msl/atomic.h"
 
 namespace metal {
 template <class D, class MatrixA, class MatrixB, class MatrixC>
@@ -169,49 +148,6 @@ MSL_INLINE void msl_multiply_accumulate(D& d, MatrixA a, MatrixB b, MatrixC c) {
       msl_exchange(part{a, b, c, d}, "simdgroup_multiply_accumulate", multiply, MSL_WHOLE_SIMDGROUP);
   d = msl_slot<part>(lanes->slots, lanes->lane).d;
 }
-
-// ---- atomics: relaxed and 32 bits wide, as in MSL ----
-enum memory_order { memory_order_relaxed };
-template <class T> struct atomic {
-  static_assert(sizeof(T) == 4, "only 32-bit atomics");
-  T value;
-};
-typedef atomic<int> atomic_int;
-typedef atomic<uint> atomic_uint;
-typedef atomic<float> atomic_float;
-
-template <class T> MSL_INLINE T atomic_load_explicit(const volatile atomic<T>* object, memory_order) {
-  return as_type<T>(msl_atomic_load(object));
-}
-template <class T> MSL_INLINE void atomic_store_explicit(volatile atomic<T>* object, T desired, memory_order) {
-  msl_atomic_store(object, as_type<uint32_t>(desired));
-}
-template <class T>
-MSL_INLINE bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected, T desired, memory_order,
-                                                      memory_order) {
-  uint32_t bits = as_type<uint32_t>(*expected);
-  const bool exchanged = msl_atomic_exchange_if(object, &bits, as_type<uint32_t>(desired));
-  *expected = as_type<T>(bits);
-  return exchanged;
-}
-template <class T, class F> MSL_INLINE T msl_atomic_update(volatile atomic<T>* object, F updated) {
-  uint32_t old = msl_atomic_load(object);
-  while (!msl_atomic_exchange_if(object, &old, as_type<uint32_t>(updated(as_type<T>(old))))) {
-  }
-  return as_type<T>(old);
-}
-#define MSL_ATOMIC(name, expression)                                                             \
-  template <class T> MSL_INLINE T name(volatile atomic<T>* object, T operand, memory_order) {    \
-    return msl_atomic_update(object, [operand](T old) { return T(expression); });                \
-  }
-MSL_ATOMIC(atomic_exchange_explicit, (old, operand))
-MSL_ATOMIC(atomic_fetch_add_explicit, old + operand)
-MSL_ATOMIC(atomic_fetch_sub_explicit, old - operand)
-MSL_ATOMIC(atomic_fetch_min_explicit, operand < old ? operand : old)
-MSL_ATOMIC(atomic_fetch_max_explicit, old < operand ? operand : old)
-MSL_ATOMIC(atomic_fetch_and_explicit, old & operand)
-MSL_ATOMIC(atomic_fetch_or_explicit, old | operand)
-MSL_ATOMIC(atomic_fetch_xor_explicit, old ^ operand)
 
 // What one thread may write without touching its neighbour's: the granule of the checker's shadow memory.
 template <class T> constexpr size_t msl_scalar_bytes = alignof(T);

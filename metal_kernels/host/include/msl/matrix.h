@@ -5,8 +5,8 @@
 
 namespace metal {
 // A lane owns (row, column) and (row, column + 1), where MLX's BaseMMAFrag has them.
-MSL_INLINE uint msl_matrix_row(uint lane) { return ((lane / 4) & 4) + ((lane / 2) & 3); }
-MSL_INLINE uint msl_matrix_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane & 1) * 2; }
+MSL_INLINE constexpr uint msl_matrix_row(uint lane) { return ((lane / 4) & 4) + ((lane / 2) & 3); }
+MSL_INLINE constexpr uint msl_matrix_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane & 1) * 2; }
 
 template <class T, int Rows, int Columns> struct simdgroup_matrix {
   static_assert(Rows == 8 && Columns == 8, "simdgroup_matrix: only 8x8 exists");

@@ -1,6 +1,8 @@
 // What one GPU thread knows about itself; filled by the runtime, read by the generated kernel entry.
 #pragma once
+#ifndef __CUDACC_RTC__
 #include <stdint.h>
+#endif
 
 struct msl_thread {
   uint32_t position_in_grid[3];

@@ -27,7 +27,19 @@ template <class T> struct remove_cv<const T> { typedef T type; };
 template <class T> struct remove_cv<volatile T> { typedef T type; };
 template <class T> using remove_cv_t = typename remove_cv<T>::type;
 
-template <class T> struct is_integral : bool_constant<__is_integral(T)> {};
-template <class T> constexpr bool is_integral_v = __is_integral(T);
+template <class T> struct is_integral : false_type {};
+template <> struct is_integral<bool> : true_type {};
+template <> struct is_integral<char> : true_type {};
+template <> struct is_integral<signed char> : true_type {};
+template <> struct is_integral<unsigned char> : true_type {};
+template <> struct is_integral<short> : true_type {};
+template <> struct is_integral<unsigned short> : true_type {};
+template <> struct is_integral<int> : true_type {};
+template <> struct is_integral<unsigned int> : true_type {};
+template <> struct is_integral<long> : true_type {};
+template <> struct is_integral<unsigned long> : true_type {};
+template <class T> constexpr bool is_integral_v = is_integral<T>::value;
+#ifdef __clang__
 template <class A, class B> constexpr bool is_convertible_v = __is_convertible(A, B);
+#endif
 }  // namespace metal

@@ -1,4 +1,4 @@
-// In place of MLX's file, which specialises by address space: where pointers have none, that is one definition four times.
+// In place of MLX's file, which specialises by address space: without them that is one definition four times.
 #pragma once
 namespace metal {
 template <class T> struct pointer_element {};

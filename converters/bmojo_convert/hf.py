@@ -225,7 +225,12 @@ def _transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         with torch.inference_mode():
             return model.eval()(torch.from_numpy(tokens[None]), use_cache=False).logits[0].numpy()

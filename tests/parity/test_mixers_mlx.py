@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmojo_edge import reference
-from bmojo_edge.config import SSM, Config, Quantization
+from bmojo_edge import checkpoint, reference
+from bmojo_edge.config import SSM, Config, ConfigError, Quantization
 from bmojo_edge.parameters import parameter_shapes
 from bmojo_edge.quantize import dequantized, is_quantizable, quantize
 from bmojo_edge.state import map_leaves
@@ -28,7 +28,7 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
-from bmojo_edge.mlx import Model, load_weights  # noqa: E402
+from bmojo_edge.mlx import Model, load, load_weights  # noqa: E402
 from bmojo_edge.mlx.recurrences import (  # noqa: E402
     delta_rule,
     delta_rule_step,
@@ -153,13 +153,19 @@ def test_quantised_weights(kind):
     assert_states_close(state, final, bound(plain))
 
 
-@pytest.mark.parametrize("place", [alone, within])
-def test_fewer_steps_of_the_solver(place):
+@PLACES
+def test_load_changes_the_steps_of_the_solver(place, tmp_path):
     config = place("gka")
     weights, tokens = random_weights(config), random_tokens(config, 1, 12)
-    fewer = config.with_num_iter(3)
-    assert_close(model_of(fewer, weights).forward(tokens)[0], reference.forward(fewer, weights, tokens)[0], 1e-4)
-    assert np.abs(reference.forward(fewer, weights, tokens)[0] - reference.forward(config, weights, tokens)[0]).max()
+    checkpoint.save(tmp_path / "model", config, weights)
+    want = [reference.forward(c, weights, tokens)[0] for c in (config, config.with_num_iter(3))]
+    assert np.abs(want[0] - want[1]).max() > 1e-3
+    for steps, ref in ((None, want[0]), (3, want[1])):
+        model = load(tmp_path / "model", num_iter=steps)
+        assert_close(model.forward(tokens)[0], ref, bound(config))
+    checkpoint.save(tmp_path / "other", alone("gdn"), random_weights(alone("gdn")))
+    with pytest.raises(ConfigError, match="num_iter"):
+        load(tmp_path / "other", num_iter=3)
 
 
 # --- recurrences by themselves ----------------------------------------------------------------------------------------

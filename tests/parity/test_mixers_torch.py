@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmojo_edge import reference
-from bmojo_edge.config import Config
+from bmojo_edge import checkpoint, reference
+from bmojo_edge.config import Config, ConfigError
 from bmojo_edge.state import map_leaves
 from tests.helpers import (
     assert_close,
@@ -21,7 +21,7 @@ from tests.mixers import SSMS, alone, bound, within
 
 torch = pytest.importorskip("torch")
 
-from bmojo_edge.torch import Model, load_weights  # noqa: E402
+from bmojo_edge.torch import Model, load, load_weights  # noqa: E402
 from bmojo_edge.torch.recurrences import (  # noqa: E402
     delta_rule,
     delta_rule_step,
@@ -121,6 +121,22 @@ def test_inactive_rows_keep_their_state(name):
     _, both = model.decode_one_token(tokens[:, 0], state)
     assert_states_equal(take_row(moved, 0), take_row(state, 0))
     assert_states_equal(take_row(moved, 1), take_row(both, 1))
+
+
+@torch.no_grad()
+@PLACES
+def test_load_changes_the_steps_of_the_solver(place, tmp_path):
+    config = place("gka")
+    weights, tokens = random_weights(config), random_tokens(config, 1, 12)
+    checkpoint.save(tmp_path / "model", config, weights)
+    want = [reference.forward(c, weights, tokens)[0] for c in (config, config.with_num_iter(3))]
+    assert np.abs(want[0] - want[1]).max() > 1e-3
+    for steps, ref in ((None, want[0]), (3, want[1])):
+        model = load(tmp_path / "model", num_iter=steps)
+        assert_close(model(tokens)[0], ref, bound(config))
+    checkpoint.save(tmp_path / "other", alone("gdn"), random_weights(alone("gdn")))
+    with pytest.raises(ConfigError, match="num_iter"):
+        load(tmp_path / "other", num_iter=3)
 
 
 @pytest.mark.cuda

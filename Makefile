@@ -17,7 +17,7 @@ unexport PROMPT
 # MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one.
 PRELOAD = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)")
 
-.PHONY: help setup chat test check bench clean
+.PHONY: help setup chat test clang check bench clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
@@ -32,8 +32,12 @@ setup: $(READY)
 chat: $(READY)
 	@OPENBLAS_NUM_THREADS=$(BLAS_THREADS) $(PRELOAD) $(BIN)/bmojo-edge chat $(if $(MODEL),"$(MODEL)") $(if $(BMOJO_PROMPT),--prompt "$$BMOJO_PROMPT")
 
-test: $(READY)
+test: $(READY) clang
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Compiles the Metal kernels for this CPU, in tests only (metal_kernels/README.md).
+clang:
+	@sh metal_kernels/host/install_clang.sh
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ import numpy as np
 from bmojo_edge.mlx.layout import LIVE_STEP, Step
 from bmojo_edge.mlx.memory import promote
 from bmojo_edge.mlx.mixers.attention import grown
-from bmojo_edge.state import State
+from bmojo_edge.state import State, leaves
 
 if TYPE_CHECKING:
     from bmojo_edge.mlx.model import Model
@@ -28,7 +28,9 @@ class Decoder:
     """Moves a model's state by one token."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.compiled = model, False
+        self.model, self.traces = model, 0
+        # Fusing saves launches of GPU kernels; on a CPU it saves little, and g++ takes its time first.
+        self.compiled = mx.default_device() == mx.Device(mx.gpu)
         config = model.config
         self._eidetic = tuple(i for i, kind in enumerate(config.layer_types) if kind == "bmojo" and config.n_eidetic)
         self._steps: dict[Any, Callable[..., Any]] = {}
@@ -76,9 +78,32 @@ class Decoder:
         logits, layers = run_step(self.model, token, state.layers, step)
         return logits, State(layers, state.position + 1, state.offset)
 
-    def _step(self, token, layers, position, offset, rows, live, opening):
-        step = Step(self.model.config, position, offset, rows, live, opening)
-        return run_step(self.model, token, layers, step)
+    def _step(
+        self,
+        token: mx.array,
+        layers: tuple[Any, ...],
+        position: mx.array,
+        offset: mx.array,
+        rows: mx.array | None,
+        live: int,
+        opening: bool,
+    ) -> tuple[mx.array, tuple[Any, ...]]:
+        """The step of rows with at most `live` tokens, compiled where that pays."""
+        model = self.model
+
+        def step(token: mx.array, layers: Any, position: mx.array, offset: mx.array, rows: Any) -> Any:
+            self.traces += 1
+            return run_step(model, token, layers, Step(model.config, position, offset, rows, live, opening))
+
+        if not self.compiled:
+            return step(token, layers, position, offset, rows)
+        shapes = tuple(x.shape for _, x in leaves(layers)) if model.config.growing_layers else ()
+        key = (token.size, rows is None, live, opening, shapes)
+        if key not in self._steps:
+            if len(self._steps) >= TRACES:
+                self._steps.pop(next(iter(self._steps)))
+            self._steps[key] = mx.compile(step, inputs=[dict(model)])
+        return self._steps[key](token, layers, position, offset, rows)
 
 
 def run_step(model: Model, token: mx.array, states: tuple[Any, ...], step: Step) -> tuple[mx.array, tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx import nn
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.ops import rms_norm
+from bmojo_edge.mlx.ops import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -62,21 +62,23 @@ class Projections(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(p, config.norm_eps, dtype) for _ in range(2))
 
     def _heads(self, x: mx.array, norm: RMSNorm | None) -> mx.array:
-        b, t, _ = x.shape
-        x = x.reshape(b, t, -1, self.head_dim)
+        if x.ndim == 2:
+            x = x.reshape(len(x), -1, 1, self.head_dim)
+            return x if norm is None else norm(x)
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
         return (x if norm is None else norm(x)).swapaxes(1, 2)
 
     def queries(self, u: mx.array) -> mx.array:
-        """(b, h, t, p) from u (b, t, d)."""
+        """(b, h, t, p) from u (b, t, d), or (b, h, 1, p) from u (b, d)."""
         return self._heads(self.q_proj(u), self.q_norm if self.qk_norm else None)
 
     def keys_values(self, u: mx.array) -> tuple[mx.array, mx.array]:
-        """Two (b, g, t, p) from u (b, t, d)."""
+        """Two (b, g, t, p) from u (b, t, d), or (b, g, 1, p) from u (b, d)."""
         k = self._heads(self.k_proj(u), self.k_norm if self.qk_norm else None)
         return k, self._heads(self.v_proj(u), None)
 
     def project(self, u: mx.array) -> Heads:
-        """All three from u (b, t, d)."""
+        """All three from u (b, t, d) or (b, d)."""
         return Heads(self.queries(u), *self.keys_values(u))
 
 
@@ -96,7 +98,7 @@ class MLP(nn.Module):
         self.down_proj = linear(config.d_ff, config.d_model, False, dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class ExpertLinear(nn.Module):
@@ -153,7 +155,7 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, expert: mx.array) -> mx.array:
         """The experts (..., per_token) chosen for x (..., d): (..., per_token, d)."""
         x = x[..., None, None, :]
-        return self.down_proj(nn.silu(self.gate_proj(x, expert)) * self.up_proj(x, expert), expert)[..., 0, :]
+        return self.down_proj(swiglu(self.gate_proj(x, expert), self.up_proj(x, expert)), expert)[..., 0, :]
 
 
 class MixtureOfExperts(nn.Module):

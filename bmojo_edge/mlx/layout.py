@@ -8,6 +8,7 @@ Rows of a batch may stand at different positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -21,10 +22,22 @@ from bmojo_edge.state import map_leaves
 LIVE_STEP = 128  # a decoding step reads whole multiples of this many slots, and is traced once for each
 
 
+@lru_cache
 def turns_of(config: Config) -> mx.array | None:
     """Turns a token of each pair, (p / 2,) uint64, in 2^-64 of a turn."""
     turns = turns_per_token(config)
     return None if turns is None else mx.array(turns)
+
+
+@lru_cache
+def pinned_rotary(config: Config) -> Rotary | None:
+    """Angles at the fixed distance `window`, at which queries meet unrotated keys."""
+    turns = turns_of(config)
+    if turns is None:
+        return None
+    at = rotary(mx.array([[config.window]], mx.int64), turns)
+    mx.eval(at)
+    return at
 
 
 # --- a call of many tokens --------------------------------------------------------------------------------------------
@@ -80,7 +93,7 @@ class Layout:
         return int(min(slots, self.start.max(initial=0)))
 
     def joined(self, ring: mx.array, new: mx.array, axis: int = 2) -> mx.array:
-        """The carried tokens of a ring in order of position, then the call's own: a column is one position for each row.
+        """The carried tokens of a ring in order of position, then the call's own: a column is one position a row.
 
         ring (b, ..., n, ...), new (b, ..., t, ...) along `axis`. Rows that carry fewer tokens start with anything.
         """
@@ -167,12 +180,18 @@ class Step:
         self.window, turns = config.window, turns_of(config)
         self.rotary = None if turns is None else rotary((position + offset)[:, None], turns)
         self.active = None if rows is None else rows == mx.arange(rows.size)
+        self._slots: dict[int, mx.array] = {}
         self._places: dict[tuple[int, int], mx.array] = {}
         self._masks: dict[tuple[int, int, int], mx.array] = {}
 
     def seen(self, slots: int) -> int:
         """How many of the first slots of a memory must be read."""
         return slots if self.live is None else min(slots, -(-self.live // LIVE_STEP) * LIVE_STEP)
+
+    @property
+    def aged(self) -> bool:
+        """Whether a row may have tokens older than its window: what only they are read by is left out before."""
+        return self.live is None or self.live > self.window
 
     def mask(self, slots: int, near: int = 0) -> mx.array:
         """0 where a slot of a ring holds a token at least `near` tokens old, else -inf: (b, 1, 1, seen)."""
@@ -190,10 +209,16 @@ class Step:
             self._masks[sinks, -1, sinks] = mx.where(visible, 0.0, -float("inf"))[:, None, None]
         return self._masks[sinks, -1, sinks]
 
+    def slot(self, slots: int) -> mx.array:
+        """Where in a ring of so many slots each row's token goes: (b,)."""
+        if slots not in self._slots:
+            self._slots[slots] = self.position % slots
+        return self._slots[slots]
+
     def places(self, heads: int, slots: int) -> mx.array:
         """Where in a ring (b, heads, slots, p), seen as rows of p, each row's token goes: (b * heads, 1)."""
         if (heads, slots) not in self._places:
-            slot = self.position % slots
+            slot = self.slot(slots)
             rows = mx.arange(slot.size) if self.rows is None else self.rows
             slot = slot if self.rows is None else mx.take(slot, rows)
             place = (rows[:, None] * heads + mx.arange(heads)) * slots + slot[:, None]
@@ -219,6 +244,8 @@ def put(slots: mx.array, value: mx.array, step: Step) -> mx.array:
     The new array takes over the memory of the old one where nothing else holds that: it must not be read before.
     """
     b, g, n, p = slots.shape
+    if b == 1:
+        return mx.slice_update(slots, value, step.slot(n), (2,))
     value = value if step.rows is None else mx.take(value, step.rows, axis=0)
     place = mx.broadcast_to(step.places(g, n), (b * g, p))
     return mx.put_along_axis(slots.reshape(-1, p), place, value.reshape(-1, p), axis=0).reshape(slots.shape)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.layout import Layout, Step, choose_rows, put, turns_of
+from bmojo_edge.mlx.layout import Layout, Step, choose_rows, pinned_rotary, put, turns_of
 from bmojo_edge.mlx.ops import (
     Band,
     Candidates,
@@ -43,8 +43,7 @@ class Projected(NamedTuple):
 
 def pinned_query(config: Config, q: mx.array) -> mx.array:
     """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
-    turns = turns_of(config)
-    return q if turns is None else rotate(q, rotary(mx.array([[config.window]], mx.int64), turns))
+    return rotate(q, pinned_rotary(config))
 
 
 # --- a call of many tokens --------------------------------------------------------------------------------------------
@@ -202,36 +201,37 @@ def step_memories(
 ) -> tuple[mx.array, BMojoState]:
     """One token against all memories: (b, h, 1, p), and the state without history and ssm; score (b,)."""
     w, f, s, at = config.window, config.fading, config.n_sinks, step.rotary
-    eidetic, scores = state.eidetic, ()
+    fading, sinks, eidetic, scores = state.fading, state.sinks, state.eidetic, ()
     if score is not None:
         if step.promotes is not None:
             eidetic = promote(config, state, step.position, step.offset, step.promotes)
         scores = put(state.window.scores[:, None, :, None], score[:, None, None, None], step)[:, 0, :, 0]
     window = WindowState(put(state.window.k, rotate(x.k, at), step), put(state.window.v, x.v, step), scores)
-    memories = [slots_seen(rotate(x.q, at), window.k, window.v, step)]
-    fading, sinks, q = state.fading, state.sinks, pinned_query(config, x.q) if s or score is not None else x.q
     if f and x.k_fading is not None and x.v_fading is not None:
         fading = FadingState(put(state.fading.k, rotate(x.k_fading, at), step), put(state.fading.v, x.v_fading, step))
-        memories.append(slots_seen(rotate(x.q_fading, at), fading.k, fading.v, step, near=w))
-    if s:
-        sinks = _opened(sinks, x, step) if step.opening else sinks
-        memories.append(Slots(q, sinks.k, sinks.v, step.sinks_mask(s)))
-    if score is not None:
-        age = step.position[:, None] - eidetic.positions
-        mask = mx.where((eidetic.positions >= 0) & (age >= w), 0.0, -math.inf)[:, None, None]
-        memories.append(Slots(q, eidetic.k, eidetic.v, mask))
+    if s and step.opening:
+        sinks = _opened(sinks, x, step)
+    q = rotate(x.q, at)
+    memories = [slots_seen(q, window.k, window.v, step)]
+    if step.aged and f:
+        q_fading = q if x.q_fading is x.q else rotate(x.q_fading, at)
+        memories.append(slots_seen(q_fading, fading.k, fading.v, step, near=w))
+    if step.aged and (s or score is not None):
+        q = pinned_query(config, x.q)
+        if s:
+            memories.append(Slots(q, sinks.k, sinks.v, step.sinks_mask(s)))
+        if score is not None:
+            age = step.position[:, None] - eidetic.positions
+            mask = mx.where((eidetic.positions >= 0) & (age >= w), 0.0, -math.inf)[:, None, None]
+            memories.append(Slots(q, eidetic.k, eidetic.v, mask))
     o = memory_attention_step(memories, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
 
 
 def slots_seen(q: mx.array, k: mx.array, v: mx.array, step: Step, near: int = 0) -> Slots:
     """The slots of a ring that may hold something."""
-    n, slots = step.seen(k.shape[2]), k.shape[2]
-    return (
-        Slots(q, k, v, step.mask(slots, near))
-        if n == slots
-        else Slots(q, k[:, :, :n], v[:, :, :n], step.mask(slots, near))
-    )
+    n, mask = step.seen(k.shape[2]), step.mask(k.shape[2], near)
+    return Slots(q, k, v, mask) if n == k.shape[2] else Slots(q, k[:, :, :n], v[:, :, :n], mask)
 
 
 def _opened(sinks: SinkState, x: Projected, step: Step) -> SinkState:

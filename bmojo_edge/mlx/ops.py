@@ -9,6 +9,7 @@ b batch, t tokens of the call, d channels, n state or columns, h query heads, g 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -22,6 +23,12 @@ QUERY_TILE = 128  # queries whose scores exist at one time
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in the wider dtype of the two."""
     return mx.fast.rms_norm(x, weight, eps)
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """SiLU(gate) * up in one kernel."""
+    return gate * mx.sigmoid(gate) * up
 
 
 # --- rotary positions (docs/model.md section 3, step 4) ---------------------------------------------------------------
@@ -59,7 +66,7 @@ def rotate(x: mx.array, at: Rotary | None, inverse: bool = False) -> mx.array:
 
 
 def causal_conv(x: mx.array, past: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """Depthwise causal convolution of x (b, t, d) with weight (d, taps), oldest tap first, after `past` (b, taps - 1, d).
+    """Depthwise causal convolution of x (b, t, d) with weight (d, taps), oldest first, after `past` (b, taps - 1, d).
 
     Computed in float32, returned in x's dtype.
     """

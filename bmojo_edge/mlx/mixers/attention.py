@@ -31,10 +31,10 @@ class Attention(Projections):
 
     def step(self, u: mx.array, state: AttentionState, step: Step) -> tuple[mx.array, AttentionState]:
         """One token: u (b, d). A growing cache must have room for it, see `grown`."""
-        x = self.project(u[:, None])
+        x = self.project(u)
         state = AttentionState(put(state.k, rotate(x.k, step.rotary), step), put(state.v, x.v, step))
         o = memory_attention_step([slots_seen(rotate(x.q, step.rotary), *state, step)], softmax_scale(self.config))
-        return self.o_proj(merge_heads(o))[:, 0], state
+        return self.o_proj(o.reshape(len(u), -1)), state
 
 
 def grown(state: AttentionState, tokens: int) -> AttentionState:

@@ -38,7 +38,7 @@ class BMojo(Projections):
             self.ssm = ssm_mixer(config, ssm, dtype)
 
     def _project(self, u: mx.array, y: mx.array | None) -> Projected:
-        """Step 3 for u and y (b, t, d)."""
+        """Step 3 for u and y (b, t, d), or (b, d) in decoding."""
         x = self.project(u)
         if y is None:
             return Projected(*x, x.q, None, None)
@@ -75,10 +75,10 @@ class BMojo(Projections):
         y, ssm, score, history = None, (), None, ()
         if "ssm" in self:
             y, ssm = self.ssm.step(u, state.ssm, step, wide=self.reads_ssm)
-            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)[:, None]
+            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
         if self.remembers:
             score = self._scores(signal[:, None], state.history)[:, 0]
             history = mx.concatenate([state.history, signal[:, None]], axis=1)[:, 1:]
             history = history if step.active is None else choose_rows(step.active, history, state.history)
-        o, state = step_memories(self.config, self._project(u[:, None], y), score, state, step)
-        return self.o_proj(merge_heads(o))[:, 0], state._replace(history=history, ssm=ssm)
+        o, state = step_memories(self.config, self._project(u, y), score, state, step)
+        return self.o_proj(o.reshape(len(u), -1)), state._replace(history=history, ssm=ssm)

@@ -32,6 +32,7 @@ class Layout(NamedTuple):
     place: Tensor  # (b, t) place in the grid of chunks, see ops.Queries
     chunks: Chunks
     origin: Tensor  # (b, c): column - position of the tokens of a chunk
+    turns: Tensor | None  # (p / 2,), see turns_of
     rotary: Rotary | None  # at position + offset
     fresh: bool  # no state is carried: rings hold nothing
     tokens: int  # most tokens a growing cache must hold; 0 where none grows
@@ -59,13 +60,14 @@ class Step(NamedTuple):
     offset: Tensor  # (b,)
     active: Tensor | None  # (b,) bool: rows that move; None: all
     promotes: Tensor | None  # (b,) bool: rows that enter a chunk; None: no row does
+    turns: Tensor | None  # (p / 2,), see turns_of
     rotary: Rotary | None  # (b, 1, p / 2) at position + offset
     tokens: int  # as in Layout
     idle: bool
 
 
 def turns_of(config: Config, device: torch.device) -> Tensor | None:
-    """Turns a token of each pair, (p / 2,) int64, in 2^-64 of a turn."""
+    """Turns a token of each pair, (p / 2,) int64, in 2^-64 of a turn; None without positions."""
     turns = turns_per_token(config)
     return None if turns is None else torch.from_numpy(turns.view("int64")).to(device)
 
@@ -127,7 +129,7 @@ def layout_of(
     angles = None if turns is None else rotary(position + offset[:, None], turns, dtype)
     return Layout(
         position, document, real, start, offset, last_column, last_position, last_document,
-        *counted, angles, fresh, *growth_of(config, last_position, idle),
+        *counted, turns, angles, fresh, *growth_of(config, last_position, idle),
     )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def step_of(config: Config, position: Tensor, offset: Tensor, active: Tensor | N
     turns = turns_of(config, position.device)
     at = None if turns is None else rotary((position + offset)[:, None], turns, dtype)
     idle = torch.zeros_like(position, dtype=torch.bool) if active is None else ~active
-    return Step(position, offset, active, promotes, at, *growth_of(config, position - idle.long(), idle))
+    return Step(position, offset, active, promotes, turns, at, *growth_of(config, position - idle.long(), idle))
 
 
 # --- what a call leaves behind ----------------------------------------------------------------------------------------

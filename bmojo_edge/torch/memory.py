@@ -13,7 +13,7 @@ from torch import Tensor
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale
 from bmojo_edge.state import BMojoState, EideticState, FadingState, SinkState, WindowState
-from bmojo_edge.torch.layout import Layout, Step, choose_rows, overwritten, put, slot_positions, turns_of
+from bmojo_edge.torch.layout import Layout, Step, choose_rows, overwritten, put, slot_positions
 from bmojo_edge.torch.ops import (
     Band,
     Candidates,
@@ -41,9 +41,8 @@ class Projected(NamedTuple):
     v_fading: Tensor | None  # (b, g, t, p)
 
 
-def pinned_query(config: Config, q: Tensor) -> Tensor:
+def pinned_query(config: Config, q: Tensor, turns: Tensor | None) -> Tensor:
     """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
-    turns = turns_of(config, q.device)
     if turns is None:
         return q
     distance = torch.full((1, 1), config.window, dtype=torch.int64, device=q.device)
@@ -75,13 +74,13 @@ class _Pool(NamedTuple):
     slots: int  # the column of the first eidetic slot
 
 
-def _leavers(config: Config, window: WindowState, position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _leavers(config: Config, window: WindowState, position: Tensor, at: Layout | Step) -> tuple[Tensor, Tensor, Tensor]:
     """Keys (unrotated), values and scores of tokens at `position` (b, n) that sit in the in-context ring."""
     slot = position % config.window
     index = slot[:, None, :, None].expand(-1, window.k.shape[1], -1, window.k.shape[3])
-    k, turns = window.k.gather(2, index), turns_of(config, position.device)
-    at = None if turns is None else rotary(position + offset[:, None], turns, wide(k.dtype))
-    return rotate(k, at, inverse=True), window.v.gather(2, index), window.scores.gather(1, slot)
+    k = window.k.gather(2, index)
+    angles = None if at.turns is None else rotary(position + at.offset[:, None], at.turns, wide(k.dtype))
+    return rotate(k, angles, inverse=True), window.v.gather(2, index), window.scores.gather(1, slot)
 
 
 def _take(k: Tensor, v: Tensor, scores: Tensor, position: Tensor, index: Tensor) -> EideticState:
@@ -111,7 +110,7 @@ def _pool(config: Config, x: Projected, scores: Tensor | None, state: BMojoState
             first = -(-layout.start // config.chunk_size) * config.chunk_size - config.window
             count = min(config.window, t - 1 + config.chunk_size)
             leaving = first[:, None] + torch.arange(count, device=device)
-            k, v, mark = _leavers(config, state.window, leaving, layout.offset)
+            k, v, mark = _leavers(config, state.window, leaving, layout)
             ks, vs, marks = [*ks, k], [*vs, v], [*marks, mark]
             positions = [*positions, torch.where(leaving < layout.start[:, None], leaving, -1)]
     carried = sum(p.shape[1] for p in positions)
@@ -202,7 +201,7 @@ def read_memories(
             sets = pool.position.gather(1, chosen.clamp(min=0).flatten(1)).view_as(chosen)
             sets = sets.masked_fill(chosen < 0, -1)
         if not layout.fresh or pool.own < pool.k.shape[2]:
-            q = pinned_query(config, x.q)
+            q = pinned_query(config, x.q, layout.turns)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), near=w)
     o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
@@ -216,7 +215,7 @@ def promote(config: Config, state: BMojoState, step: Step) -> EideticState:
     assert step.promotes is not None
     old: EideticState = state.eidetic
     leaving = (step.position - config.window)[:, None] + torch.arange(config.chunk_size, device=step.position.device)
-    k, v, scores = _leavers(config, state.window, leaving, step.offset)
+    k, v, scores = _leavers(config, state.window, leaving, step)
     k, v = torch.cat([old.k, k], dim=2), torch.cat([old.v, v], dim=2)
     position, scores = torch.cat([old.positions, leaving], dim=1), torch.cat([old.scores, scores], dim=1)
     limit = (step.position - config.window + config.chunk_size)[:, None]
@@ -248,7 +247,7 @@ def step_memories(
         fading, held = FadingState(k, put(state.fading.v, slot, x.v_fading, step.active)), slot_positions(w + f, i)
         memories.append(Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving)))
     if config.n_sinks or score is not None:
-        q = pinned_query(config, x.q)
+        q = pinned_query(config, x.q, step.turns)
         if config.n_sinks:
             slots = torch.arange(config.n_sinks, device=i.device)
             first = i < config.n_sinks if step.active is None else step.active & (i < config.n_sinks)

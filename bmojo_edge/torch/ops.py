@@ -252,7 +252,7 @@ def select_eidetic(candidates: Candidates, chunks: Chunks, first: int, e: int) -
     eligible = _eligible(candidates, chunks, first)
     order = order.expand_as(eligible)
     eligible = eligible.gather(-1, order)
-    best = eligible & (eligible.cumsum(-1) <= e)
+    best = eligible & (eligible.cumsum(-1, dtype=torch.int32) <= e)
     return _columns(torch.zeros_like(best).scatter(-1, order, best), e)
 
 

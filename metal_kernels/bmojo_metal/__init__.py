@@ -1,4 +1,17 @@
 """Metal kernels of the B'MOJO memories for MLX, each a body file, a launcher and a plain-MLX reference op.
 
+Every op runs its kernel where `kernels_available()`, else its reference, and has the reference's gradient.
 Knows nothing of models, checkpoints or the rest of bmojo-edge; imports MLX and nothing of ours.
 """
+
+from bmojo_metal.conv import silu_conv
+from bmojo_metal.launch import kernels_available, use_kernels
+from bmojo_metal.scan import selective_scan, selective_scan_step
+
+__all__ = [
+    "kernels_available",
+    "selective_scan",
+    "selective_scan_step",
+    "silu_conv",
+    "use_kernels",
+]

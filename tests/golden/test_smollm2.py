@@ -159,3 +159,32 @@ def test_answer(smollm2: Path) -> None:
                 break
             logits, state = model(torch.tensor([[answer[-1]]]), state)
     assert "Paris" in tokenizer.decode(answer)
+
+
+def _left_in_ggufs_order(layers: range, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of q and k as llama.cpp interleaves them."""
+    wrong = dict(weights)
+    for i in layers:
+        for name, heads in (("q", 9), ("k", 3)):
+            key = f"layers.{i}.mixer.{name}_proj.weight"
+            wrong[key] = weights[key].reshape(heads, 2, 32, -1).swapaxes(1, 2).reshape(weights[key].shape)
+    return wrong
+
+
+@pytest.mark.slow
+def test_mistakes_show(smollm2: Path) -> None:
+    """What a wrong reading of the model would do to the golden logits is more than `convert` lets pass."""
+    (config, stored), made = checkpoint.read(smollm2), golden.read(smollm2)
+    assert made is not None
+    weights = {name: stored[name] for name in stored}
+
+    def ratio(changes: dict[str, Any], weights: dict[str, np.ndarray] = weights) -> float:
+        return golden.rms_ratio(golden.oracle_logits(config.replace(**changes), weights, made.tokens), made.logits)
+
+    limit = golden.conversion_bound(config)
+    assert ratio({}) < limit / 10
+    assert ratio({}, _left_in_ggufs_order(range(30), weights)) > 0.2
+    assert ratio({}, _left_in_ggufs_order(range(17, 18), weights)) > 0.01
+    assert ratio({"rope_theta": 1e4}) > 0.04
+    assert ratio({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}) > 0.1
+    assert ratio({"norm_eps": 1e-6}) > 2 * limit

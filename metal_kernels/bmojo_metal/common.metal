@@ -17,8 +17,13 @@ inline float bmojo_silu(float x) {
 }
 
 // The sum over each LANES neighbouring lanes, a power of two, as one fixed tree: the same bits in every run.
-template <int LANES>
-inline float bmojo_sum(float x) {
+template <int LANES, typename Number>
+inline Number bmojo_sum(Number x) {
     for (int distance = LANES / 2; distance > 0; distance /= 2) x += metal::simd_shuffle_xor(x, ushort(distance));
     return x;
+}
+
+// A score as an integer that orders as the scores do, -1 where its token may not be chosen.
+inline int bmojo_eidetic_key(float score, int64_t position, int64_t first, int64_t limit) {
+    return position >= first && position < limit ? as_type<int>(score) : -1;
 }

@@ -146,7 +146,7 @@ template <class T> MSL_INLINE T msl_from_lane(T x, const char* name, uint source
 template <class T, class F> MSL_INLINE T msl_reduce(T x, const char* name, F f) {
   const uint active = msl_active_lanes(name);
   if (active == 0xffffffffu) {
-    for (uint stride = 16; stride; stride >>= 1) x = f(x, msl_from_valid_lane(x, name, msl_lane() ^ stride));
+    for (uint stride = 1; stride < 32; stride *= 2) x = f(x, msl_from_valid_lane(x, name, msl_lane() ^ stride));
     return x;
   }
   T result = msl_from_valid_lane(x, name, __ffs(active) - 1);

@@ -81,11 +81,11 @@ template <class T> MSL_INLINE T msl_from_valid_lane(T x, const char* name, uint 
   return msl_slot<T>(lanes->slots, source & 31);
 }
 
-// A tree over the lanes that take part: the same order of additions on every run.
+// A tree over the lanes that take part, neighbours first, as mlx-lm's kernels say Apple's GPUs have it.
 template <class T, class F> MSL_INLINE T msl_reduce(T x, const char* name, F) {
   const msl_combine tree = [](char* slots, uint32_t mask) {
-    for (uint stride = 16; stride; stride >>= 1)
-      for (uint lane = 0; lane < stride; lane++) {
+    for (uint stride = 1; stride < 32; stride *= 2)
+      for (uint lane = 0; lane < 32; lane += 2 * stride) {
         T& mine = msl_slot<T>(slots, lane);
         T& other = msl_slot<T>(slots, lane + stride);
         if (!(mask >> (lane + stride) & 1)) continue;

@@ -21,7 +21,7 @@ class BlockResult(NamedTuple):
     remembered: Remembered | None
 
 
-def mixer_of(config: Config, layer: int, dtype: mx.Dtype) -> nn.Module:
+def mixer_of(config: Config, layer: int, dtype: mx.Dtype) -> Any:
     """The mixer a layer's type names."""
     kind, ssm = config.layer_types[layer], config.ssm_of(layer)
     if kind == "attention":

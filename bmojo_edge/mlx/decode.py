@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from bmojo_edge.mlx.layout import LIVE_STEP, Step
+from bmojo_edge.mlx.layout import LIVE_STEP, Step, as_mask
 from bmojo_edge.mlx.memory import promote
 from bmojo_edge.mlx.mixers.attention import grown
 from bmojo_edge.state import State, leaves
@@ -51,7 +51,7 @@ class Decoder:
             layers[i] = grown(layers[i], used)
         due = moves & (positions % config.chunk_size == 0)
         if self._eidetic and due.any():
-            self._promote(layers, state, mx.array(due))
+            self._promote(layers, state, as_mask(due))
         first = int(np.flatnonzero(moves)[0])
         rows = None if moves.all() else mx.array(np.where(moves, np.arange(b), first))
         opening = bool((positions[moves] < config.n_sinks).any())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -31,7 +31,7 @@ def linear(d_in: int, d_out: int, bias: bool, dtype: mx.Dtype) -> nn.Linear:
     return layer
 
 
-def linear_wide(layer: nn.Module, x: mx.array) -> mx.array:
+def linear_wide(layer: Any, x: mx.array) -> mx.array:
     """A linear layer of x (..., in) in float32: the result is not rounded to the dtype of the weights."""
     x = x.astype(mx.float32)
     if isinstance(layer, nn.QuantizedLinear):  # promotes its scales by itself

@@ -40,6 +40,11 @@ def pinned_rotary(config: Config) -> Rotary | None:
     return at
 
 
+def as_mask(values: Any) -> mx.array:
+    """A NumPy array of truth values, which MLX takes although its type hints do not say so."""
+    return mx.array(values)
+
+
 # --- a call of many tokens --------------------------------------------------------------------------------------------
 
 
@@ -71,13 +76,13 @@ class Layout:
         limit = np.where(used, (first[:, None] + ordinals + 1) * size - window, 0)
         self.chunk = mx.array(np.minimum(position // size - first[:, None], ordinals[-1]))
         self.chunks, self.last_chunk = Chunks(mx.array(limit)), mx.array(last)
-        self.begun = mx.array(self.start % size != 0)  # rows whose first chunk began in an earlier call
-        self.used = mx.array(used)
+        self.begun = as_mask(self.start % size != 0)  # rows whose first chunk began in an earlier call
+        self.used = as_mask(used)
 
     @property
     def real(self) -> mx.array | None:
         """(b, t) bool, None without padding."""
-        return mx.array(np.arange(self.t) < self.length[:, None]) if self.padded else None
+        return as_mask(np.arange(self.t) < self.length[:, None]) if self.padded else None
 
     @property
     def queries(self) -> Queries:
@@ -116,7 +121,7 @@ class Layout:
             return ring
         shape = [1] * ring.ndim
         shape[0], shape[axis] = held.shape
-        return mx.where(mx.array(held >= 0).reshape(shape), ring, mx.array(0, ring.dtype))
+        return mx.where(as_mask(held >= 0).reshape(shape), ring, mx.array(0, ring.dtype))
 
     @staticmethod
     def _index(columns: np.ndarray) -> mx.array | slice:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from bmojo_edge import checkpoint, golden, tokenizer
 from bmojo_edge.checkpoint import CheckpointError
@@ -46,15 +46,16 @@ def load_weights(model: Model, weights: Mapping[str, Any]) -> Model:
     for name in weights:
         if name not in parameters:
             raise CheckpointError(f"{name}: is not a parameter of this model")
+    found = []
     for name, parameter in parameters.items():
         if name not in weights:
             raise CheckpointError(f"{name}: is missing")
         value = as_array(weights[name])
         if value.shape != parameter.shape:
             raise CheckpointError(f"{name}: has shape {value.shape}, the model has {parameter.shape}")
-        value = value.astype(parameter.dtype)
-        mx.eval(value)
-        model.load_weights([(name, value)], strict=False)
+        found.append((name, value.astype(parameter.dtype)))
+        mx.eval(found[-1])
+    model.update(tree_unflatten(found))
     return model
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.layout import Layout, Step, choose_rows, pinned_rotary, put, turns_of
+from bmojo_edge.mlx.layout import Layout, Step, as_mask, choose_rows, pinned_rotary, put, turns_of
 from bmojo_edge.mlx.ops import (
     Band,
     Candidates,
@@ -71,7 +71,7 @@ def _sinks(config: Config, sinks: SinkState, x: Projected, layout: Layout) -> Si
     if not written.any():
         return sinks
     column = mx.array(np.clip(column, 0, layout.t - 1))[:, None, :, None]
-    chosen = mx.array(written)[:, None, :, None]
+    chosen = as_mask(written)[:, None, :, None]
     new = (
         mx.where(chosen, mx.take_along_axis(y, column, axis=2), old) for y, old in zip((x.k, x.v), sinks, strict=True)
     )

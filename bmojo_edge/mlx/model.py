@@ -56,7 +56,8 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dtype = dtype_of(config)
-        self.config, self.tokenizer = config, None
+        self.config = config
+        self.tokenizer: Any = None
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed.set_dtype(dtype)
         self.layers = [Block(config, i, dtype) for i in range(len(config.layer_types))]
@@ -83,7 +84,8 @@ class Model(nn.Module):
                 mixer = module.mixer
                 into_residual.append(mixer.out_proj if isinstance(mixer, Mamba | Mamba2) else mixer.o_proj)
                 if "mlp" in module:
-                    into_residual.append((module.mlp.experts if "experts" in module.mlp else module.mlp).down_proj)
+                    mlp: Any = module.mlp
+                    into_residual.append((mlp.experts if "experts" in mlp else mlp).down_proj)
         for layer in into_residual:
             layer.weight = layer.weight / math.sqrt(len(into_residual))
 
@@ -146,14 +148,11 @@ class Model(nn.Module):
         return self.lm_head(hidden) if "lm_head" in self else self.embed.as_linear(hidden)
 
     def _run(self, tokens: Any, state: State | None, lengths: Any, eidetic_index: Any) -> _Run:
-        tokens = integers(tokens, "tokens", 2)
+        tokens, counts = self._tokens(tokens, lengths)
         b, t = tokens.shape
-        if t == 0:
-            raise ValueError("tokens: must hold at least one token a row")
         state = self.init_state(b) if state is None else state
-        if state.position.shape != (b,):
-            raise ValueError(f"state: is of {state.position.shape[0]} sequences, tokens have {b} rows")
-        layout = layout_of(self.config, t, state.position.tolist(), state.offset, _lengths(lengths, b, t))
+        _check_rows(state, b)
+        layout = layout_of(self.config, t, state.position.tolist(), state.offset, counts)
         forced = self._forced(eidetic_index, layout)
         h, states, remembered = _masked(self.embed(_masked(tokens, layout.real)), layout.real), [], []
         for i, layer in enumerate(self.layers):
@@ -165,6 +164,15 @@ class Model(nn.Module):
         return _Run(
             _masked(self.norm(h), layout.real), State(tuple(states), position, state.offset), remembered, layout
         )
+
+    def _tokens(self, tokens: Any, lengths: Any) -> tuple[mx.array, list[int]]:
+        """Tokens (b, t), and how many of each row are real."""
+        shape = tokens.shape if isinstance(tokens, mx.array) else np.shape(tokens)
+        if len(shape) != 2 or not shape[1]:
+            raise ValueError(f"tokens: must have shape (b, t) with t >= 1, got {tuple(shape)}")
+        counts = _lengths(lengths, *shape)
+        real = np.arange(shape[1]) < np.array(counts)[:, None]
+        return integers(tokens, "tokens", 2, self.config.vocab_size, real), counts
 
     def _memory(self, run: _Run) -> Memory:
         """One array of all layers; those without eidetic memory have zeros and empty sets."""
@@ -195,25 +203,19 @@ class Model(nn.Module):
         Works in blocks that end on the grid of chunks where rows agree: memory does not grow with t, but for the caches
         of full-attention layers.
         """
-        tokens = integers(tokens, "tokens", 2)
+        tokens, counts = self._tokens(tokens, lengths)
         (b, t), chunk = tokens.shape, self.config.chunk_size
-        ends, left = _lengths(lengths, b, t), None
-        last = mx.zeros((b, self.config.d_model), self.norm.weight.dtype)
-        size, begin = -(-PREFILL_BLOCK // chunk) * chunk, 0
-        first = size - int(state.position.tolist()[0]) % chunk
-        while begin < t:
-            end = min(t, begin + (first if begin == 0 else size))
-            if lengths is not None:
-                left = [min(max(n - begin, 0), end - begin) for n in ends]
+        _check_rows(state, b)
+        last, ragged = mx.zeros((b, self.config.d_model), self.norm.weight.dtype), min(counts) < t
+        size, begin, left = -(-PREFILL_BLOCK // chunk) * chunk, 0, None
+        end = size - int(state.position.max()) % chunk
+        while begin < max(counts):
+            if ragged:
+                left = [min(max(n - begin, 0), min(end, t) - begin) for n in counts]
             out, state = self.hidden(tokens[:, begin:end], state, left)
-            if left is None:
-                last = out[:, -1]
-            else:
-                column = mx.array([max(n - 1, 0) for n in left])[:, None, None]
-                here = mx.array([n > 0 for n in left])[:, None]
-                last = mx.where(here, mx.take_along_axis(out, column, axis=1)[:, 0], last)
-            begin = end
-            if begin < t:
+            last = out[:, -1] if left is None else _last(out, left, last)
+            begin, end = end, end + size
+            if begin < max(counts):
                 mx.eval(last, state)  # before the next block: memory stays that of one
         return self.head(last), state
 
@@ -224,18 +226,31 @@ class Model(nn.Module):
         rebinding both. Under a trace of `mx.compile` positions stay on the device; `active` and full attention then
         cannot be used.
         """
-        token = integers(token, "token", 1)
-        if token.shape != state.position.shape:
-            raise ValueError(f"token: must have shape {state.position.shape}, as the state has, got {token.shape}")
+        counted = None if active is None or isinstance(active, mx.array) else np.asarray(active, bool)
+        token = integers(token, "token", 1, self.config.vocab_size, counted)
+        _check_rows(state, token.size)
         return self._decoder(token, state, active)
 
 
-def integers(x: Any, name: str, dims: int) -> mx.array:
-    """An array of integers of so many dimensions; ValueError naming it otherwise."""
-    x = x if isinstance(x, mx.array) else mx.array(np.asarray(x))
-    if x.ndim != dims or not mx.issubdtype(x.dtype, mx.integer):
-        raise ValueError(f"{name}: must be integers of {dims} dimensions, got {x.dtype} of shape {x.shape}")
-    return x
+def integers(x: Any, name: str, dims: int, below: int | None = None, counted: Any = None) -> mx.array:
+    """An array of integers of so many dimensions; ValueError naming it otherwise.
+
+    Values given on the host (lists, NumPy) must be in 0 .. below - 1 where `counted`; an array of MLX is not looked at.
+    """
+    if isinstance(x, mx.array):
+        kind, integral, shape = x.dtype, mx.issubdtype(x.dtype, mx.integer), x.shape
+    else:
+        x = np.asarray(x)
+        kind, integral, shape = x.dtype, np.issubdtype(x.dtype, np.integer), x.shape
+    if len(shape) != dims or not integral:
+        raise ValueError(f"{name}: must be integers of {dims} dimensions, got {kind} of shape {tuple(shape)}")
+    if isinstance(x, mx.array):
+        return x
+    if below is not None:
+        wrong = ((x < 0) | (x >= below)) & (True if counted is None else counted)
+        if wrong.any():
+            raise ValueError(f"{name}: {x[wrong][0]} is not one of the model's {below} tokens")
+    return mx.array(x)
 
 
 def _int64(values: Any) -> mx.array:
@@ -250,6 +265,17 @@ def _lengths(lengths: Any, b: int, t: int) -> list[int]:
     if not isinstance(counts, list) or len(counts) != b or any(not 0 <= n <= t for n in counts):
         raise ValueError(f"lengths: must be {b} integers between 0 and {t}, got {counts}")
     return counts
+
+
+def _check_rows(state: State, b: int) -> None:
+    if state.position.shape != (b,):
+        raise ValueError(f"state: is of {state.position.shape[0]} sequences, tokens have {b} rows")
+
+
+def _last(out: mx.array, lengths: list[int], before: mx.array) -> mx.array:
+    """Each row's last real column of out (b, t, d), that of `before` (b, d) where it has none."""
+    column, here = mx.array(lengths)[:, None, None] - 1, mx.array(lengths)[:, None] > 0
+    return mx.where(here, mx.take_along_axis(out, mx.maximum(column, 0), axis=1)[:, 0], before)
 
 
 def _masked(x: mx.array, real: mx.array | None) -> mx.array:

@@ -243,7 +243,8 @@ class Pinned(NamedTuple):
     k: mx.array  # (b, g, n, p)
     v: mx.array  # (b, g, n, p)
     position: mx.array  # (b, n) int64
-    index: mx.array | None  # (b, c, e) columns, -1 = none; None: every chunk has all of them
+    # (b, c, e) columns, -1 = none; None: every chunk has all of them
+    index: mx.array | None  # pyright: ignore[reportIncompatibleMethodOverride]
     near: int
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bmojo_edge import checkpoint, golden, tokenizer
+from bmojo_edge import checkpoint, golden, hub, tokenizer
 from bmojo_edge.checkpoint import CheckpointError
 from bmojo_edge.mlx.model import Model
 
@@ -60,13 +60,13 @@ def load_weights(model: Model, weights: Mapping[str, Any]) -> Model:
 
 
 def load(path: str | Path, dtype: str | None = None, verify: bool = False, num_iter: int | None = None) -> Model:
-    """A model from its folder, with its tokenizer where it has one.
+    """A model from its folder, or from the hub by owner/name, with its tokenizer where it has one.
 
     dtype: "float32", "float16" or "bfloat16", None as stored; verify: compare with the folder's golden logits;
     num_iter: steps of the solver of gka mixers, None as stored (fewer are faster and less exact).
     Raises CheckpointError naming file and field.
     """
-    folder = Path(path)
+    folder = hub.locate(path)
     config, weights = checkpoint.read(folder)
     config = config if dtype is None else config.replace(dtype=dtype)
     config = config if num_iter is None else config.with_num_iter(num_iter)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmojo_edge import checkpoint, golden, tokenizer
+from bmojo_edge import checkpoint, golden, hub, tokenizer
 from bmojo_edge.checkpoint import CheckpointError
 from bmojo_edge.quantize import dequantized
 from bmojo_edge.torch.model import Model
@@ -55,13 +55,13 @@ def load(
     device: torch.device | str = "cpu",
     num_iter: int | None = None,
 ) -> Model:
-    """A model from its folder, in evaluation mode, with its tokenizer where it has one.
+    """A model from its folder, or from the hub by owner/name, in evaluation mode, with its tokenizer where it has one.
 
     dtype: "float32", "float16" or "bfloat16", None as stored; quantised weights are dequantised; verify: compare with
     the folder's golden logits; num_iter: steps of the solver of gka mixers, None as stored (fewer are faster and less
     exact). Raises CheckpointError naming file and field.
     """
-    folder = Path(path)
+    folder = hub.locate(path)
     config, weights = checkpoint.read(folder)
     plain = dequantized(weights, config.quantization)
     config = config.replace(quantization=None, **({} if dtype is None else {"dtype": dtype}))

@@ -24,11 +24,7 @@ class Case:
 
     def with_source(self, source: str) -> "Case":
         """The same case with another kernel body, for mutation tests."""
-        old = self.kernel
-        new = HostKernel(
-            old.name, old.input_names, old.output_names, source, old.header, atomic_outputs=old.atomic_outputs
-        )
-        return replace(self, kernel=new)
+        return replace(self, kernel=self.kernel.with_source(source))
 
     def run(self, run: Run) -> list[np.ndarray]:
         return self.kernel(**self.call, run=run)

@@ -37,13 +37,14 @@ ATTRIBUTE_VALUES = {
 }
 
 
-def compile_kernel(name: str, kernel: GeneratedKernel, mode: Mode) -> Path:
+def compile_kernel(name: str, kernel: GeneratedKernel, mode: Mode, math_mode: str = "safe") -> Path:
     """The shared object of a kernel, compiled now or taken from the cache. Raises `CompileError`."""
     source = f"{rewrite(kernel.text)}\n{_entry(kernel)}"
+    defines = ["-D__FAST_MATH__=1"] if math_mode == "fast" else []
 
     def build(output: Path) -> None:
         headers = ["-include", "msl/host.h", "-include", "mlx/backend/metal/kernels/utils.h"]
-        flags = [*KERNEL_FLAGS, *MODE_FLAGS[mode], *include_flags(), *headers]
+        flags = [*KERNEL_FLAGS, *MODE_FLAGS[mode], *defines, *include_flags(), *headers]
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "kernel.metal"  # findings get their places from this name and its lines
             text.write_text(source)
@@ -52,7 +53,7 @@ def compile_kernel(name: str, kernel: GeneratedKernel, mode: Mode) -> Path:
             except CompileError as error:
                 raise CompileError(f"{name}: compilation\n{error}") from None
 
-    return cached(mode + source, build)
+    return cached(f"{mode} {defines} {source}", build)
 
 
 def _entry(kernel: GeneratedKernel) -> str:

@@ -65,6 +65,7 @@ class HostKernel:
         header: str = "",
         ensure_row_contiguous: bool = True,
         atomic_outputs: bool = False,
+        math_mode: str = "safe",
     ) -> None:
         if not output_names:
             raise ValueError("[metal_kernel] Must specify at least one output.")
@@ -75,8 +76,15 @@ class HostKernel:
         self.header = header
         self.ensure_row_contiguous = ensure_row_contiguous
         self.atomic_outputs = atomic_outputs
+        self.math_mode = math_mode
         self.statistics: Statistics | None = None  # of the last call
         self._compiled: dict[tuple[str, Mode, bool], Path] = {}
+
+    def with_source(self, source: str) -> "HostKernel":
+        """The same kernel with another body."""
+        arrays = (self.input_names, self.output_names)
+        options = (self.ensure_row_contiguous, self.atomic_outputs, self.math_mode)
+        return HostKernel(self.name, *arrays, source, self.header, *options)
 
     def generate(self, inputs: Sequence[Array], output_dtypes: Sequence[str], template: Template) -> GeneratedKernel:
         """The full text for inputs of these dtypes and shapes."""
@@ -100,7 +108,7 @@ class HostKernel:
                 type_names = [name for name, value in template if isinstance(value, str)]
                 require_clean(self.name, self.header, self.source, type_names)
                 typecheck(self.name, kernel.text)
-            self._compiled[key] = compile_kernel(self.name, kernel, run.mode)
+            self._compiled[key] = compile_kernel(self.name, kernel, run.mode, self.math_mode)
         return self._compiled[key]
 
     def __call__(
@@ -240,13 +248,14 @@ def metal_kernel(
 ) -> HostKernel:
     """mx.fast.metal_kernel, run here: the same arguments, and a kernel with the same call.
 
-    `compile_options` is taken and has no effect: arithmetic here is always MLX's default, the "safe" math mode.
+    Arithmetic here is that of MLX's default math mode, "safe"; "fast" defines __FAST_MATH__ and nothing more.
     """
     modes = ("safe", "relaxed", "fast")
     for key, value in (compile_options or {}).items():
         if key != "math_mode" or value not in modes:
             raise ValueError(f"compile_options[{key!r}] = {value!r}: MLX takes 'math_mode', one of {modes}")
-    return HostKernel(name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs)
+    mode = (compile_options or {}).get("math_mode", "safe")
+    return HostKernel(name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs, mode)
 
 
 def _with_text(finding: Finding, text: str) -> Finding:

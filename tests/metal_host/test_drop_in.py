@@ -173,7 +173,23 @@ def test_a_kernel_without_outputs_is_refused() -> None:
 
 
 def test_compile_options_are_mlx_s() -> None:
-    metal_kernel("square", ["x"], ["o"], SQUARE, compile_options={"math_mode": "fast"})
+    source = """
+        #if defined(__FAST_MATH__) && __FAST_MATH__
+        o[0] = 1;
+        #else
+        o[0] = 0;
+        #endif
+    """
+    for mode, expected in (("safe", 0), ("fast", 1)):
+        kernel = metal_kernel("math_mode", ["x"], ["o"], source, compile_options={"math_mode": mode})
+        (out,) = kernel(
+            inputs=[np.zeros(1, np.float32)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[np.float32],
+        )
+        assert out[0] == expected
     with pytest.raises(ValueError, match="math_mode"):
         metal_kernel("square", ["x"], ["o"], SQUARE, compile_options={"math_mode": "sloppy"})
 

@@ -81,7 +81,7 @@
             float o = rows.o[h][j] * factor;
             o += metal::simd_shuffle_xor(o, 8);
             o += metal::simd_shuffle_xor(o, 16);
-            if (lane < 8 && lane * W + j < HEAD_DIM) {
+            if (lane * W + j < HEAD_DIM) {
                 mixed[group][h][lane * W + j] = o;
             }
         }

@@ -73,10 +73,12 @@ class Layout:
         last = np.maximum(self.last_position // size - first, 0)
         ordinals = np.arange(last.max() + 1)
         used = (ordinals <= last[:, None]) & (self.length > 0)[:, None]
-        limit = np.where(used, (first[:, None] + ordinals + 1) * size - window, 0)
+        end = np.where(used, (first[:, None] + ordinals + 1) * size, 0)
+        idle = self.length == 0  # such a row keeps the set it carries: nothing new competes
+        end[idle] = (-(-self.start // size) * size)[idle, None]
         self.chunk = mx.array(np.minimum(position // size - first[:, None], ordinals[-1]))
-        self.chunks, self.last_chunk = Chunks(mx.array(limit)), mx.array(last)
-        self.begun = as_mask(self.start % size != 0)  # rows whose first chunk began in an earlier call
+        self.chunks, self.last_chunk = Chunks(mx.array(end - window)), mx.array(last)
+        self.begun = as_mask((self.start % size != 0) | idle)  # the first chunk's set is that of an earlier call
         self.used = as_mask(used)
 
     @property
@@ -130,7 +132,7 @@ class Layout:
             return mx.array(columns)
         row = columns[0]
         if (np.diff(row) == 1).all():
-            return slice(int(row[0]), int(row[-1]) + 1)
+            return slice(int(row[0]), int(row[-1]) + 1) if row.size else slice(0)
         return mx.array(row)
 
     def _taken(self, x: mx.array, name: tuple[str, int], axis: int) -> mx.array:

@@ -87,6 +87,11 @@ class Layout:
         return as_mask(np.arange(self.t) < self.length[:, None]) if self.padded else None
 
     @property
+    def lengths(self) -> mx.array | None:
+        """(b,) int32: real tokens of each row, None without padding."""
+        return mx.array(self.length.astype(np.int32)) if self.padded else None
+
+    @property
     def queries(self) -> Queries:
         """The tokens as readers of memories."""
         return Queries(tuple(self.start.tolist()), self.position, self.chunk, self._masks)
@@ -151,16 +156,6 @@ def layout_of(config: Config, t: int, start: Sequence[int], offset: mx.array, le
     return Layout(config, t, start, offset, lengths)
 
 
-def last_values(past: mx.array, x: mx.array, layout: Layout) -> mx.array:
-    """The last `taps` of the values past (b, taps, d) and x (b, t, d), up to each row's last real token."""
-    taps = past.shape[1]
-    padded = mx.concatenate([past, x.astype(past.dtype)], axis=1)
-    if not layout.padded:
-        return padded[:, layout.t :]
-    index = layout.length[:, None] + np.arange(taps)
-    return mx.take_along_axis(padded, mx.array(index)[..., None], axis=1)
-
-
 # --- one token --------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +182,8 @@ class Step:
         self.window, turns = config.window, turns_of(config)
         self.rotary = None if turns is None else rotary((position + offset)[:, None], turns)
         self.active = None if rows is None else rows == mx.arange(rows.size)
+        # Real tokens of each row, (b,) int32, as in `Layout`.
+        self.lengths = None if self.active is None else self.active.astype(mx.int32)
         self._slots: dict[int, mx.array] = {}
         self._places: dict[tuple[int, int], mx.array] = {}
         self._masks: dict[tuple[int, int, int], mx.array] = {}

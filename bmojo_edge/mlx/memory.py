@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.layout import Layout, Step, as_mask, choose_rows, pinned_rotary, put, turns_of
+from bmojo_edge.mlx import ops
+from bmojo_edge.mlx.layout import Layout, Step, as_mask, pinned_rotary, put, turns_of
 from bmojo_edge.mlx.ops import (
     Band,
     Candidates,
-    Chunks,
     Pinned,
     Slots,
     find_eidetic,
@@ -181,19 +181,13 @@ def read_memories(
 
 def promote(config: Config, state: BMojoState, position: mx.array, offset: mx.array, rows: mx.array) -> EideticState:
     """Before the token at `position` (b,), a multiple of `chunk` in `rows` (b,), the tokens about to leave compete."""
-    old, turns, c = state.eidetic, turns_of(config), config.chunk_size
-    leaving = (position - config.window)[:, None] + mx.arange(c, dtype=mx.int64)  # (b, c)
-    slot = leaving % config.window
-    k, v = (mx.take_along_axis(y, slot[:, None, :, None], axis=2) for y in state.window[:2])
-    k = k if turns is None else rotate(k, rotary(leaving + offset[:, None], turns), inverse=True)
-    scores = mx.take_along_axis(state.window.scores, slot, axis=1)
-    candidates = Candidates(
-        mx.concatenate([old.scores, scores], axis=1), mx.concatenate([old.positions, leaving], axis=1)
-    )
-    limit = (position - config.window + c)[:, None]
-    index = select_eidetic(candidates, Chunks(limit), config.n_sinks, config.n_eidetic)[:, 0]
-    new = _take(mx.concatenate([old.k, k], axis=2), mx.concatenate([old.v, v], axis=2), candidates, index)
-    return choose_rows(rows, new, old)
+    turns, angles = turns_of(config), None
+    if turns is not None:
+        leaving = (position - config.window)[:, None] + mx.arange(config.chunk_size, dtype=mx.int64)  # (b, chunk)
+        at = rotary(leaving + offset[:, None], turns)
+        angles = (at.cos[:, 0, :, 0], at.sin[:, 0, :, 1])
+    ring, old = ops.Ring(*state.window), ops.Eidetic(*state.eidetic)
+    return EideticState(*ops.promote(ring, old, position, rows, config.chunk_size, config.n_sinks, angles))
 
 
 def step_memories(

@@ -1,7 +1,7 @@
-"""Plain-MLX operations of a model: norms, rotation, convolution, scan, innovation, selection, attention.
+"""Operations of a model: norms, rotation, convolution, scan, innovation, selection, attention.
 
-Everything here is a function of arrays. Nothing here knows a config, a parameter or a state. Metal kernels come in
-behind these names.
+Everything here is a function of arrays. Nothing here knows a config, a parameter or a state. Those that have a Metal
+kernel come from `bmojo_metal`, which runs it on an Apple GPU and plain MLX elsewhere.
 
 b batch, t tokens of the call, d channels, n state or columns, h query heads, g key/value heads, p head_dim, c chunks.
 """
@@ -15,8 +15,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-SCAN_STEPS = 16  # tokens of a scan's chunk: chunks advance together, then pass their states on
-SCAN_TOKENS = 256  # tokens whose decays exist at one time
+import bmojo_metal
+from bmojo_metal import Eidetic as Eidetic
+from bmojo_metal import Ring as Ring
+from bmojo_metal import innovation_scores as innovation_scores
+from bmojo_metal import promote as promote
+from bmojo_metal import selective_scan as selective_scan
+from bmojo_metal import selective_scan_step as selective_scan_step
+from bmojo_metal import silu_conv as silu_conv
+from bmojo_metal.selection import ascending
+
 QUERY_TILE = 128  # queries whose scores exist at one time
 
 
@@ -62,96 +70,6 @@ def rotate(x: mx.array, at: Rotary | None, inverse: bool = False) -> mx.array:
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
-# --- short causal memories: convolution and innovation ----------------------------------------------------------------
-
-
-def causal_conv(x: mx.array, past: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """Depthwise causal convolution of x (b, t, d) with weight (d, taps), oldest first, after `past` (b, taps - 1, d).
-
-    Computed in float32, returned in x's dtype.
-    """
-    t, taps = x.shape[1], weight.shape[1]
-    padded = mx.concatenate([past, x], axis=1) if taps > 1 else x
-    kernel = weight.astype(mx.float32)
-    y = padded[:, :t] * kernel[:, 0]
-    for j in range(1, taps):
-        y = y + padded[:, j : j + t] * kernel[:, j]
-    return (y if bias is None else y + bias.astype(mx.float32)).astype(x.dtype)
-
-
-def innovation_scores(signal: mx.array, past: mx.array, coefficients: list[float], error: str) -> mx.array:
-    """How badly a fixed average of the past predicts a signal (step 5): (b, t) float32.
-
-    signal (b, t, d) float32; past (b, taps, d), oldest first; coefficients[0] weighs the latest value;
-    error "relative" | "l2".
-    """
-    t, taps = signal.shape[1], len(coefficients)
-    padded, miss = mx.concatenate([past, signal], axis=1), signal
-    for j, c in enumerate(coefficients, start=1):
-        miss = miss - c * padded[:, taps - j : taps - j + t]
-    score = miss.square().sum(-1)
-    return score if error == "l2" else score / (signal.square().sum(-1) + 1e-6)
-
-
-# --- selective scan (section 4) ---------------------------------------------------------------------------------------
-
-
-def _scan_tokens(
-    x: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, s: mx.array
-) -> tuple[mx.array, mx.array]:
-    """`selective_scan` without D, for at most SCAN_TOKENS tokens."""
-    (b, t, d), n = x.shape, A.shape[1]
-    q = min(SCAN_STEPS, t)
-    m = -(-t // q)
-    if m * q > t:  # steps of size zero change nothing
-        x, dt, B, C = (mx.pad(y, [(0, 0), (0, m * q - t), (0, 0)]) for y in (x, dt, B, C))
-    decay = mx.exp(dt[..., None] * A).reshape(b, m, q, d, n)
-    added = ((dt * x)[..., None] * B[:, :, None]).reshape(b, m, q, d, n)
-    reads = C.reshape(b, m, q, n, 1)
-    starts = s[:, None]
-    if m > 1:
-        ends = added[:, :-1, 0]
-        for j in range(1, q):
-            ends = decay[:, :-1, j] * ends + added[:, :-1, j]
-        kept = mx.exp(dt.reshape(b, m, q, d)[:, :-1].sum(2)[..., None] * A)  # (b, m - 1, d, n)
-        passed = [s]
-        for j in range(m - 1):
-            passed.append(kept[:, j] * passed[-1] + ends[:, j])
-        starts = mx.stack(passed, axis=1)
-    states, out = starts, []
-    for j in range(q):
-        states = decay[:, :, j] * states + added[:, :, j]
-        out.append((states @ reads[:, :, j])[..., 0])  # (b, m, d)
-    return mx.stack(out, axis=2).reshape(b, m * q, d)[:, :t], states[:, -1]
-
-
-def selective_scan(
-    x: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, state: mx.array
-) -> tuple[mx.array, mx.array]:
-    """s <- exp(dt A) s + dt B x, y = C s + D x (arXiv 2312.00752, algorithm 2): y (b, t, d) and the last s (b, d, n).
-
-    x, dt (b, t, d); A (d, n); B, C (b, t, n); D (d); state (b, d, n). A token with dt = 0 leaves the state as it is.
-    All float32.
-
-    Chunks of SCAN_STEPS tokens first find their own contribution side by side, then states are passed from chunk to
-    chunk, then chunks run again from the right states. Only decays are multiplied, never divided by: no overflow.
-    """
-    out = []
-    for begin in range(0, x.shape[1], SCAN_TOKENS):
-        part = slice(begin, begin + SCAN_TOKENS)
-        y, state = _scan_tokens(x[:, part], dt[:, part], A, B[:, part], C[:, part], state)
-        out.append(y)
-    return (out[0] if len(out) == 1 else mx.concatenate(out, axis=1)) + x * D, state
-
-
-def selective_scan_step(
-    x: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, state: mx.array
-) -> tuple[mx.array, mx.array]:
-    """One token of `selective_scan`: x, dt (b, d), B, C (b, n), state (b, d, n); y (b, d) and the new state."""
-    state = mx.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[:, None]
-    return (state @ C[..., None])[..., 0] + x * D, state
-
-
 # --- eidetic choice (step 6) ------------------------------------------------------------------------------------------
 
 
@@ -174,27 +92,12 @@ def _eligible(candidates: Candidates, chunks: Chunks, first: int) -> mx.array:
     return (position >= first) & (position < chunks.limit[..., None])
 
 
-def _ascending(columns: mx.array, n: int, size: int) -> mx.array:
-    """Columns (b, c, m), n = none, in order and in `size` places, -1 = none."""
-    columns = mx.sort(columns, axis=-1)[..., :size]
-    columns = mx.where(columns == n, -1, columns)
-    missing = size - columns.shape[-1]
-    return mx.pad(columns, [(0, 0), (0, 0), (0, missing)], constant_values=-1) if missing else columns
-
-
 def select_eidetic(candidates: Candidates, chunks: Chunks, first: int, e: int) -> mx.array:
     """The e most surprising candidates of every chunk: (b, c, e) int32 columns, ascending, -1 = empty.
 
     Those at a position below `first` never compete. Ties go to the earlier column.
     """
-    n = candidates.scores.shape[1]
-    # Bits of non-negative floats order as the floats do; the column below them makes every key unique.
-    bits = candidates.scores.view(mx.int32).astype(mx.int64) * 2**32
-    key = (bits + (n - mx.arange(n, dtype=mx.int64)))[:, None]
-    key = mx.where(_eligible(candidates, chunks, first), key, 0)  # (b, c, n)
-    best = mx.argsort(-key, axis=-1)[..., :e].astype(mx.int32)
-    best = mx.where(mx.take_along_axis(key, best, axis=-1) > 0, best, n)
-    return _ascending(best, n, e)
+    return bmojo_metal.select_eidetic(candidates.scores, candidates.position, chunks.limit, first, e)
 
 
 def find_eidetic(candidates: Candidates, chunks: Chunks, first: int, wanted: mx.array) -> mx.array:
@@ -208,7 +111,7 @@ def find_eidetic(candidates: Candidates, chunks: Chunks, first: int, wanted: mx.
     missing = np.array((wanted >= 0) & ~found.any(-1))
     if missing.any():
         raise ValueError(f"eidetic_index: position {np.array(wanted)[missing][0]} is not one this chunk can keep")
-    return _ascending(mx.where(found.any(-1), found.argmax(-1).astype(mx.int32), n), n, wanted.shape[-1])
+    return ascending(mx.where(found.any(-1), found.argmax(-1).astype(mx.int32), n), n, wanted.shape[-1])
 
 
 # --- one softmax over every memory (step 7) ---------------------------------------------------------------------------

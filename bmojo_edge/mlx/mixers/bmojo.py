@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from bmojo_edge.config import Config
 from bmojo_edge.mlx.layers import Projections, linear, merge_heads
-from bmojo_edge.mlx.layout import Layout, Step, choose_rows, last_values
+from bmojo_edge.mlx.layout import Layout, Step
 from bmojo_edge.mlx.memory import Projected, read_memories, step_memories
 from bmojo_edge.mlx.mixers.ssm import ssm_mixer
 from bmojo_edge.mlx.ops import innovation_scores
@@ -46,9 +46,9 @@ class BMojo(Projections):
             return Projected(*x, x.q, *self.keys_values(y))
         return Projected(*x, self.fading.queries(u), *self.fading.keys_values(y))
 
-    def _scores(self, signal: mx.array, past: mx.array) -> mx.array:
+    def _scores(self, signal: mx.array, past: mx.array, lengths: mx.array | None) -> tuple[mx.array, mx.array]:
         rule = self.config.innovation
-        return innovation_scores(signal, past, rule.coefficients(), rule.error)
+        return innovation_scores(signal, past, rule.coefficients(), rule.error, lengths)
 
     def __call__(
         self, u: mx.array, state: BMojoState, layout: Layout, forced: mx.array | None = None
@@ -63,8 +63,7 @@ class BMojo(Projections):
             y, ssm = self.ssm(u, state.ssm, layout, wide=self.reads_ssm)
             signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
         if self.remembers:
-            scores = self._scores(signal, state.history)
-            history = last_values(state.history, signal, layout)
+            scores, history = self._scores(signal, state.history, layout.lengths)
         o, state, sets = read_memories(self.config, self._project(u, y), scores, state, layout, forced)
         remembered = None if scores is None or sets is None else Remembered(scores, sets)
         return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm), remembered
@@ -77,8 +76,7 @@ class BMojo(Projections):
             y, ssm = self.ssm.step(u, state.ssm, step, wide=self.reads_ssm)
             signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
         if self.remembers:
-            score = self._scores(signal[:, None], state.history)[:, 0]
-            history = mx.concatenate([state.history, signal[:, None]], axis=1)[:, 1:]
-            history = history if step.active is None else choose_rows(step.active, history, state.history)
+            scores, history = self._scores(signal[:, None], state.history, step.lengths)
+            score = scores[:, 0]
         o, state = step_memories(self.config, self._project(u, y), score, state, step)
         return self.o_proj(o.reshape(len(u), -1)), state._replace(history=history, ssm=ssm)

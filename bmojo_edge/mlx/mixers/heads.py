@@ -13,9 +13,9 @@ from mlx import nn
 
 from bmojo_edge.config import SSM, Config
 from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
-from bmojo_edge.mlx.layout import Layout, last_values
+from bmojo_edge.mlx.layout import Layout
 from bmojo_edge.mlx.mixers.mamba import CausalConv
-from bmojo_edge.mlx.ops import causal_conv
+from bmojo_edge.mlx.ops import silu_conv
 from bmojo_edge.mlx.recurrences import to_heads
 from bmojo_edge.ssm_config import delta_sizes
 
@@ -74,12 +74,12 @@ class HeadMixer(nn.Module):
         empty = u[..., :0]
         return mx.concatenate(convolved or [empty], axis=-1), mx.concatenate(others or [empty], axis=-1)
 
-    def _conv(self, x: mx.array, past: mx.array) -> mx.array:
-        """SiLU of the convolutions of x (b, t, channels), all at once."""
+    def _conv(self, x: mx.array, past: mx.array, lengths: mx.array | None) -> tuple[mx.array, mx.array]:
+        """SiLU of the convolutions of x (b, t, channels), all at once, and the new past."""
         convs = [self[f"{name}_conv"] for name in self.convolved]
         weight = mx.concatenate([conv.weight for conv in convs])
         bias = mx.concatenate([conv.bias for conv in convs]) if self.options.conv_bias else None
-        return nn.silu(causal_conv(x, past, weight, bias))
+        return silu_conv(x, past, weight, bias, lengths)
 
     def _expanded(self, name: str, x: mx.array, own: int) -> mx.array:
         """q, k or v x (..., own p) as (..., h, p)."""
@@ -102,16 +102,16 @@ class HeadMixer(nn.Module):
         raw, others = self._raw(u)
         if isinstance(past, tuple):
             return self._qkv(nn.silu(others)), past
-        active = mx.concatenate([self._conv(raw, past), others], axis=-1)
-        return self._qkv(active), last_values(past, raw, layout)
+        active, past = self._conv(raw, past, layout.lengths)
+        return self._qkv(mx.concatenate([active, others], axis=-1)), past
 
     def _project_step(self, u: mx.array, past: mx.array | tuple[()]) -> tuple[QKV, mx.array | tuple[()]]:
         """One token of `_project`: u (b, d)."""
         raw, others = self._raw(u)
         if isinstance(past, tuple):
             return self._qkv(nn.silu(others)), past
-        active = mx.concatenate([self._conv(raw[:, None], past)[:, 0], others], axis=-1)
-        return self._qkv(active), mx.concatenate([past, raw[:, None]], axis=1)[:, 1:]
+        active, past = self._conv(raw[:, None], past, None)
+        return self._qkv(mx.concatenate([active[:, 0], others], axis=-1)), past
 
     def _log_decay(self, a: mx.array) -> mx.array:
         """g = -exp(A_log) softplus(a + dt_bias), never positive: (..., h) in float32."""

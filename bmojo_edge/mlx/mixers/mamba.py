@@ -7,13 +7,13 @@ from mlx import nn
 
 from bmojo_edge.config import SSM, Config
 from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
-from bmojo_edge.mlx.layout import Layout, Step, choose_rows, last_values
-from bmojo_edge.mlx.ops import causal_conv, selective_scan, selective_scan_step
+from bmojo_edge.mlx.layout import Layout, Step
+from bmojo_edge.mlx.ops import selective_scan, selective_scan_step, silu_conv
 from bmojo_edge.state import MambaState
 
 
 class CausalConv(nn.Module):
-    """A depthwise causal convolution: weight (d, taps), oldest tap first."""
+    """SiLU of a depthwise causal convolution: weight (d, taps), oldest tap first."""
 
     def __init__(self, d: int, taps: int, bias: bool, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -22,8 +22,9 @@ class CausalConv(nn.Module):
         if bias:
             self.bias = mx.zeros(d, dtype)
 
-    def __call__(self, x: mx.array, past: mx.array) -> mx.array:
-        return causal_conv(x, past, self.weight, self.bias if "bias" in self else None)
+    def __call__(self, x: mx.array, past: mx.array, lengths: mx.array | None) -> tuple[mx.array, mx.array]:
+        """x (b, t, d) after past (b, taps - 1, d), of which lengths (b,) are real: the same of both."""
+        return silu_conv(x, past, self.weight, self.bias if "bias" in self else None, lengths)
 
 
 class Mamba(nn.Module):
@@ -47,15 +48,14 @@ class Mamba(nn.Module):
         self.D = mx.ones(d_inner)
 
     def _steps(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """dt (..., d_inner), B and C (..., n) of x (..., d_inner), in float32."""
+        """dt (..., d_inner), float32, before its softplus, B and C (..., n) of x (..., d_inner)."""
         dt, B, C = mx.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.normed:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return nn.softplus(linear_wide(self.dt_proj, dt)), B.astype(mx.float32), C.astype(mx.float32)
+        return linear_wide(self.dt_proj, dt), B, C
 
-    def _out(self, y: mx.array, z: mx.array, wide: bool) -> mx.array:
-        """Gate and project; `wide`: in float32, so that innovation sees it unrounded."""
-        y = (y * nn.silu(z.astype(mx.float32))).astype(z.dtype)
+    def _out(self, y: mx.array, wide: bool) -> mx.array:
+        """Project; `wide`: in float32, so that innovation sees it unrounded."""
         return linear_wide(self.out_proj, y) if wide else self.out_proj(y)
 
     def __call__(
@@ -63,22 +63,15 @@ class Mamba(nn.Module):
     ) -> tuple[mx.array, MambaState]:
         """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
         x, z = mx.split(self.in_proj(u), 2, axis=-1)
-        conv = last_values(state.conv, x, layout)
-        x = nn.silu(self.conv(x, state.conv))
+        x, conv = self.conv(x, state.conv, layout.lengths)
         dt, B, C = self._steps(x)
-        if layout.real is not None:
-            dt = mx.where(layout.real[..., None], dt, 0.0)  # padding leaves the state as it is
-        A = -mx.exp(self.A_log.astype(mx.float32))
-        y, ssm = selective_scan(x.astype(mx.float32), dt, A, B, C, self.D.astype(mx.float32), state.ssm)
-        return self._out(y, z, wide), MambaState(conv, ssm)
+        y, ssm = selective_scan(x, dt, self.A_log, B, C, self.D, z, state.ssm, layout.lengths)
+        return self._out(y, wide), MambaState(conv, ssm)
 
     def step(self, u: mx.array, state: MambaState, step: Step, wide: bool = False) -> tuple[mx.array, MambaState]:
         """One token: u (b, d)."""
         x, z = mx.split(self.in_proj(u), 2, axis=-1)
-        conv = mx.concatenate([state.conv, x[:, None]], axis=1)[:, 1:]
-        x = nn.silu(self.conv(x[:, None], state.conv)[:, 0])
-        dt, B, C = self._steps(x)
-        A = -mx.exp(self.A_log.astype(mx.float32))
-        y, ssm = selective_scan_step(x.astype(mx.float32), dt, A, B, C, self.D.astype(mx.float32), state.ssm)
-        new = MambaState(conv, ssm)
-        return self._out(y, z, wide), new if step.active is None else choose_rows(step.active, new, state)
+        x, conv = self.conv(x[:, None], state.conv, step.lengths)
+        dt, B, C = self._steps(x[:, 0])
+        y, ssm = selective_scan_step(x[:, 0], dt, self.A_log, B, C, self.D, z, state.ssm, step.active)
+        return self._out(y, wide), MambaState(conv, ssm)

@@ -11,7 +11,7 @@ from mlx import nn
 
 from bmojo_edge.config import SSM, Config
 from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
-from bmojo_edge.mlx.layout import Layout, Step, choose_rows, last_values
+from bmojo_edge.mlx.layout import Layout, Step, choose_rows
 from bmojo_edge.mlx.mixers.mamba import CausalConv
 from bmojo_edge.mlx.recurrences import linear_attention, linear_attention_step, to_heads
 from bmojo_edge.ssm_config import BC_NORM_EPS, mamba2_sizes
@@ -54,7 +54,7 @@ class Mamba2(nn.Module):
     def _read(self, xBC: mx.array, dt: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """x (..., h, p), B and C (..., h, n) and dt (..., h) in float32, after the convolution."""
         widths = (self.size.head_dim, self.size.d_state, self.size.d_state)
-        parts = zip(self._parts(nn.silu(xBC).astype(mx.float32)), widths, strict=True)
+        parts = zip(self._parts(xBC.astype(mx.float32)), widths, strict=True)
         x, B, C = (to_heads(y.reshape(*y.shape[:-1], -1, width), self.size.heads) for y, width in parts)
         dt = nn.softplus(dt.astype(mx.float32) + self.dt_bias.astype(mx.float32))
         return x, B, C, mx.clip(dt, *self.options.dt_limit)
@@ -75,8 +75,8 @@ class Mamba2(nn.Module):
     ) -> tuple[mx.array, Mamba2State]:
         """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
         z, xBC, dt = self._project(u)
-        conv = last_values(state.conv, xBC, layout)
-        x, B, C, dt = self._read(self.conv(xBC, state.conv), dt)
+        xBC, conv = self.conv(xBC, state.conv, layout.lengths)
+        x, B, C, dt = self._read(xBC, dt)
         if layout.real is not None:
             dt = mx.where(layout.real[..., None], dt, 0.0)  # padding leaves the state as it is
         y, ssm = linear_attention(C, B, dt[..., None] * x, self._log_decay(dt), state.ssm)
@@ -85,8 +85,8 @@ class Mamba2(nn.Module):
     def step(self, u: mx.array, state: Mamba2State, step: Step, wide: bool = False) -> tuple[mx.array, Mamba2State]:
         """One token: u (b, d)."""
         z, xBC, dt = self._project(u)
-        conv = mx.concatenate([state.conv, xBC[:, None]], axis=1)[:, 1:]
-        x, B, C, dt = self._read(self.conv(xBC[:, None], state.conv)[:, 0], dt)
+        xBC, conv = self.conv(xBC[:, None], state.conv, step.lengths)
+        x, B, C, dt = self._read(xBC[:, 0], dt)
         y, ssm = linear_attention_step(C, B, dt[..., None] * x, self._log_decay(dt), state.ssm)
         new = Mamba2State(conv, ssm)
         return self._out(y, x, z, wide), new if step.active is None else choose_rows(step.active, new, state)

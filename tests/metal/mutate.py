@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 from bmojo_metal import launch
 from metal_kernels.host import CompileError, KernelError, LintError, Run, TypeCheckError
-from tests.metal import attention_cases, ssm_cases
+from tests.metal import attention_cases, selection_cases, ssm_cases
 from tests.metal.case import Case
 
-CASES: list[Case] = [*ssm_cases.cases(), *attention_cases.cases()]
+CASES: list[Case] = [*ssm_cases.cases(), *selection_cases.cases(), *attention_cases.cases()]
 
 # What is replaced, each occurrence by itself, and by what.
 CHANGES: list[tuple[str, str]] = [
@@ -48,7 +48,17 @@ CHANGES: list[tuple[str, str]] = [
 # (body, mutated line) -> why it computes the same.
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("scan", "constexpr int STATES = (N + LANES) / LANES;"): "lanes have room for states that are masked",
+    ("scan", "s[j] = n < N ? starts[at] : 1.0f;"): "C is 0 where there is no state",
+    ("scan", "a[j] = n < N ? -metal::exp(float(A_log[channel * N + n])) : 1.0f;"): "s stays 0 where there is no state",
     ("scan_ends", "constexpr int STATES = (N + LANES) / LANES;"): "lanes have room for states that are masked",
+    ("scan_ends", "a[j] = n < N ? -metal::exp(float(A_log[channel * N + n])) : 1.0f;"): "no such state is written",
+    ("scan_ends", "const float b = n < N ? float(B[b_at + n * B_strides[2]]) : 1.0f;"): "no such state is written",
+    ("select", "const int floor = bit <= 0 ? threshold : (threshold | 1 << bit) - 1;"): "the same at bit 0",
+    ("select", "if (bit >= 0 && above > uint(e)) threshold = floor + 1;"): "with e above the threshold no tie is taken",
+    (
+        "select",
+        "for (int block = 0, turn = 0; block <= n; block += GROUPS * 32, turn ^= 1) {",
+    ): "a block without columns changes nothing",
 }
 
 

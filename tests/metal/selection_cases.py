@@ -35,10 +35,15 @@ def innovation(
     return Case(name, ("innovation",), call, [scores, last], [BOUNDS["float32"], 0.0])
 
 
-def select(b: int = 2, n: int = 70, c: int = 3, e: int = 5, first: int = 2, levels: int = 4) -> Case:
-    """Scores take few levels, so that most of them tie; some columns hold nothing, the last chunk has no candidate."""
+def select(
+    b: int = 2, n: int = 70, c: int = 3, e: int = 5, first: int = 2, levels: int = 4, fine: bool = False
+) -> Case:
+    """Scores take few levels, so that most of them tie; some columns hold nothing, the last chunk has no candidate.
+
+    fine: levels that differ in the last bit.
+    """
     rng = np.random.default_rng(n + e)
-    scores = rng.integers(0, levels, (b, n)).astype(np.float32) * np.float32(0.1)
+    scores = rng.integers(0, levels, (b, n)).astype(np.float32) * np.float32(2**-23 if fine else 0.1) + np.float32(fine)
     position = np.where(rng.random((b, n)) < 0.2, -1, np.arange(n) + rng.integers(0, 4, (b, 1)))
     limits = np.sort(rng.integers(first, n + 3, (b, c)), axis=1)
     if c > 1:
@@ -53,7 +58,13 @@ def select(b: int = 2, n: int = 70, c: int = 3, e: int = 5, first: int = 2, leve
     def call() -> Sequence[mx.array]:
         return [select_eidetic(mx.array(scores), mx.array(position), mx.array(limits), first, e)]
 
-    return Case(f"select {e} of {n}, {b} x {c} chunks, {levels} levels", ("select",), call, [index], [0.0])
+    return Case(
+        f"select {e} of {n}, {b} x {c} chunks, {levels} {'fine ' if fine else ''}levels",
+        ("select",),
+        call,
+        [index],
+        [0.0],
+    )
 
 
 def slots(
@@ -123,6 +134,8 @@ def cases() -> list[Case]:
         select(b=2, n=300, c=2, e=17, levels=2),
         select(b=1, n=290, c=2, e=40, levels=1000),
         select(b=1, n=33, c=4, e=33, levels=1),
+        select(b=1, n=40, c=1, e=6, levels=9, fine=True),
+        select(b=1, n=20, c=1, e=70),
         *(slots(dtype) for dtype in DTYPES),
         slots(position=[6, 30, 9], rows=[True, False, True]),
         slots(position=[27], g=1, e=1, p=5, rotated=False),

@@ -144,7 +144,7 @@ def cases() -> list[Case]:
         *(scan(b=1, t=3, d=5, n=n) for n in (1, 3, 6, 40, 130)),
         scan(b=1, t=1, d=1, n=2),
         scan(b=2, t=6, d=17, n=8, lengths=[6, 2]),
-        scan(b=2, t=13, d=3, n=5, sizes={"SEQUENTIAL": 4, "CHUNK": 2, "LONGEST": 2}, lengths=[13, 5]),
+        scan(b=2, t=13, d=3, n=5, sizes={"SEQUENTIAL": 3, "CHUNK": 2, "LONGEST": 2}, lengths=[13, 5]),
         scan(b=1, t=9, d=2, n=3, scale=12.0, sizes=SMALL),  # steps from 1e-10 to 30
         *(step(dtype) for dtype in DTYPES),
         step(b=3, d=3, n=5, active=[True, False, True]),

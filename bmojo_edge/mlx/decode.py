@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from bmojo_edge.mlx.layout import LIVE_STEP, Step, as_mask
+from bmojo_edge.mlx.layout import Step, as_mask, live_slots
 from bmojo_edge.mlx.memory import promote
 from bmojo_edge.mlx.mixers.attention import grown
-from bmojo_edge.state import State, leaves
+from bmojo_edge.state import BMojoState, State
 
 if TYPE_CHECKING:
     from bmojo_edge.mlx.model import Model
@@ -25,17 +25,21 @@ TRACES = 64  # compiled forms of the step that are kept: a growing cache needs a
 
 
 class Decoder:
-    """Moves a model's state by one token."""
+    """Moves a model's state by one token.
+
+    compiles: whether steps go through `mx.compile`; traces: how often a step's graph was built in Python.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model, self.traces = model, 0
         # Fusing saves launches of GPU kernels; on a CPU it saves little, and g++ takes its time first.
-        self.compiled = mx.default_device() == mx.Device(mx.gpu)
+        self.compiles = mx.default_device() == mx.Device(mx.gpu)
         config = model.config
         self._eidetic = tuple(i for i, kind in enumerate(config.layer_types) if kind == "bmojo" and config.n_eidetic)
         self._steps: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, token: mx.array, state: State, active: Any) -> tuple[mx.array, State]:
+        """Logits (b, v) after token (b,), and the state, see `Model.decode_one_token`."""
         config, b = self.model.config, token.size
         try:
             positions = np.array(state.position)
@@ -46,25 +50,40 @@ class Decoder:
             raise ValueError(f"active: must be {b} truth values, got shape {moves.shape}")
         if not moves.any():
             return mx.zeros((b, config.vocab_size), self.model.norm.weight.dtype), state
-        layers, used = list(state.layers), int(positions[moves].max()) + 1
+        tokens, layers = int(positions[moves].max()) + 1, list(state.layers)
         for i in config.growing_layers:
-            layers[i] = grown(layers[i], used)
+            layers[i] = grown(layers[i], tokens)
         due = moves & (positions % config.chunk_size == 0)
         if self._eidetic and due.any():
             self._promote(layers, state, as_mask(due))
-        first = int(np.flatnonzero(moves)[0])
-        rows = None if moves.all() else mx.array(np.where(moves, np.arange(b), first))
+        rows = None if moves.all() else mx.array(np.where(moves, np.arange(b), np.flatnonzero(moves)[0]))
         opening = bool((positions[moves] < config.n_sinks).any())
-        live = -(-int(positions.max() + 1) // LIVE_STEP) * LIVE_STEP
-        logits, layers = self._step(token, tuple(layers), state.position, state.offset, rows, live, opening)
-        return logits, State(layers, mx.array(positions + moves), state.offset)
+        live = live_slots(config, int(positions.max()) + 1)
+        logits, moved = self._step(token, tuple(layers), state.position, state.offset, rows, live, opening)
+        return logits, State(moved, mx.array(positions + moves), state.offset)
+
+    def _compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, compiled where that pays, with the parameters as further inputs; few are kept."""
+        if not self.compiles:
+            return function
+        if key not in self._steps:
+            if len(self._steps) >= TRACES:
+                self._steps.pop(next(iter(self._steps)))
+            self._steps[key] = mx.compile(function, inputs=[dict(self.model)])
+        return self._steps[key]
 
     def _promote(self, layers: list[Any], state: State, due: mx.array) -> None:
         """Promotion in `due` rows, evaluated before the step: rings that are still to be read would be copied by it."""
-        for i in self._eidetic:
-            eidetic = promote(self.model.config, layers[i], state.position, state.offset, due)
+        config = self.model.config
+
+        def promoted(states: list[BMojoState], position: mx.array, offset: mx.array, due: mx.array) -> list[Any]:
+            return [promote(config, layer, position, offset, due) for layer in states]
+
+        step = self._compiled(("promote", due.size), promoted)
+        kept = step([layers[i] for i in self._eidetic], state.position, state.offset, due)
+        mx.eval(kept)
+        for i, eidetic in zip(self._eidetic, kept, strict=True):
             layers[i] = layers[i]._replace(eidetic=eidetic)
-        mx.eval([layers[i].eidetic for i in self._eidetic])
 
     def _traced(self, token: mx.array, state: State, active: Any) -> tuple[mx.array, State]:
         """The same in one graph that fits every position."""
@@ -74,6 +93,7 @@ class Decoder:
         if active is not None:
             raise ValueError("decode_one_token: `active` is decided on the host and cannot be traced")
         due = state.position % config.chunk_size == 0 if self._eidetic else None
+        self.traces += 1
         step = Step(config, state.position, state.offset, promotes=due)
         logits, layers = run_step(self.model, token, state.layers, step)
         return logits, State(layers, state.position + 1, state.offset)
@@ -88,22 +108,17 @@ class Decoder:
         live: int,
         opening: bool,
     ) -> tuple[mx.array, tuple[Any, ...]]:
-        """The step of rows with at most `live` tokens, compiled where that pays."""
+        """The step of rows with at most `live` written slots."""
         model = self.model
 
         def step(token: mx.array, layers: Any, position: mx.array, offset: mx.array, rows: Any) -> Any:
             self.traces += 1
             return run_step(model, token, layers, Step(model.config, position, offset, rows, live, opening))
 
-        if not self.compiled:
-            return step(token, layers, position, offset, rows)
-        shapes = tuple(x.shape for _, x in leaves(layers)) if model.config.growing_layers else ()
-        key = (token.size, rows is None, live, opening, shapes)
-        if key not in self._steps:
-            if len(self._steps) >= TRACES:
-                self._steps.pop(next(iter(self._steps)))
-            self._steps[key] = mx.compile(step, inputs=[dict(model)])
-        return self._steps[key](token, layers, position, offset, rows)
+        shapes = tuple(layers[i].k.shape for i in model.config.growing_layers)
+        return self._compiled((token.size, rows is None, live, opening, shapes), step)(
+            token, layers, position, offset, rows
+        )
 
 
 def run_step(model: Model, token: mx.array, states: tuple[Any, ...], step: Step) -> tuple[mx.array, tuple[Any, ...]]:

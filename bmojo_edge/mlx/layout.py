@@ -17,9 +17,9 @@ import numpy as np
 from bmojo_edge.config import Config
 from bmojo_edge.mlx.ops import Chunks, Queries, Rotary, rotary
 from bmojo_edge.rope import turns_per_token
-from bmojo_edge.state import map_leaves
+from bmojo_edge.state import capacity, map_leaves
 
-LIVE_STEP = 128  # a decoding step reads whole multiples of this many slots, and is traced once for each
+LIVE_STEP = 128  # a decoding step reads whole multiples of this many slots of a ring, and is traced once for each
 
 
 @lru_cache
@@ -163,7 +163,7 @@ class Step:
     """Where the one token of a decoding step stands, row by row, on the device.
 
     rows (b,): whose token each row writes where some rows rest, so that these write again what an active row writes;
-    None: every row its own. live: how many tokens rows have at most, None = unknown. opening: a row may still fill its
+    None: every row its own. live: how many slots may hold something, see `live_slots`, None = unknown. opening: a row may still fill its
     sinks. promotes (b,) bool: rows that must promote within the step; None: that is done.
     """
 
@@ -190,7 +190,7 @@ class Step:
 
     def seen(self, slots: int) -> int:
         """How many of the first slots of a memory must be read."""
-        return slots if self.live is None else min(slots, -(-self.live // LIVE_STEP) * LIVE_STEP)
+        return slots if self.live is None else min(slots, self.live)
 
     @property
     def aged(self) -> bool:
@@ -228,6 +228,15 @@ class Step:
             place = (rows[:, None] * heads + mx.arange(heads)) * slots + slot[:, None]
             self._places[heads, slots] = place.reshape(-1, 1)
         return self._places[heads, slots]
+
+
+def live_slots(config: Config, tokens: int) -> int:
+    """How many first slots of its memories a sequence of so many tokens may have written, in few different numbers."""
+    if config.growing_layers:
+        return capacity(tokens)
+    windows = (config.attention_window_of(i) or 0 for i in range(len(config.layer_types)))
+    longest = max(config.window + max(config.fading, 1), *windows)  # one more than the window: `aged` is known of it
+    return -(-min(tokens, longest) // LIVE_STEP) * LIVE_STEP
 
 
 def step_of(

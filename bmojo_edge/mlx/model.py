@@ -66,7 +66,7 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
             self.lm_head.set_dtype(dtype)
         self.initialise()
-        self._decoder = Decoder(self)
+        self.decoder = Decoder(self)
 
     def initialise(self) -> None:
         """The initialisation of Mamba's code (state-spaces/mamba), which the paper trains with, for every layer.
@@ -229,7 +229,7 @@ class Model(nn.Module):
         counted = None if active is None or isinstance(active, mx.array) else np.asarray(active, bool)
         token = integers(token, "token", 1, self.config.vocab_size, counted)
         _check_rows(state, token.size)
-        return self._decoder(token, state, active)
+        return self.decoder(token, state, active)
 
 
 def integers(x: Any, name: str, dims: int, below: int | None = None, counted: Any = None) -> mx.array:

@@ -163,8 +163,8 @@ class Step:
     """Where the one token of a decoding step stands, row by row, on the device.
 
     rows (b,): whose token each row writes where some rows rest, so that these write again what an active row writes;
-    None: every row its own. live: how many slots may hold something, see `live_slots`, None = unknown. opening: a row may still fill its
-    sinks. promotes (b,) bool: rows that must promote within the step; None: that is done.
+    None: every row its own. live: how many slots may hold something, see `live_slots`; None: perhaps all. opening: a
+    row may still fill its sinks. promotes (b,) bool: rows that must promote within the step; None: that is done.
     """
 
     def __init__(

@@ -177,7 +177,7 @@ def test_half_precision(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_changes_only_near_ties(dtype: str) -> None:
-    """A token kept or dropped against the oracle is within 4 eps of the e-th score. At width 20 single scores err more."""
+    """A token kept or dropped against the oracle is within 4 eps of the e-th score (wider models: less)."""
     config, differing = Config.preset("tiny", window=8, chunk=4, n_fading=8, n_eidetic=8), 0
     for seed in range(3):
         weights, tokens = weights_as_stored(config, dtype, seed), random_tokens(config, 2, 60, seed)

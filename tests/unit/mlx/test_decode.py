@@ -1,4 +1,4 @@
-"""Decoding in MLX: rings are written where they are, one trace serves all positions, compiled equals eager, for ever."""
+"""Decoding in MLX: rings written where they are, one trace for all positions, compiled equals eager, for ever."""
 
 from __future__ import annotations
 

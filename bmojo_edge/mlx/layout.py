@@ -206,6 +206,12 @@ class Step:
             self._masks[slots, near, n] = mx.where(visible, 0.0, -float("inf"))[:, None, None]
         return self._masks[slots, near, n]
 
+    def sinks_held(self, sinks: int) -> mx.array:
+        """Positions that the sinks hold or will hold: (1, sinks)."""
+        if (sinks, -2, sinks) not in self._masks:
+            self._masks[sinks, -2, sinks] = mx.arange(sinks)[None]
+        return self._masks[sinks, -2, sinks]
+
     def sinks_mask(self, sinks: int) -> mx.array:
         """0 where a sink is at least `window` tokens old, else -inf: (b, 1, 1, sinks)."""
         if (sinks, -1, sinks) not in self._masks:

@@ -5,7 +5,6 @@ Rings hold rotated keys, sinks and eidetic slots unrotated ones. Nothing here ha
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -213,19 +212,16 @@ def step_memories(
     if step.aged and (s or score is not None):
         q = pinned_query(config, x.q)
         if s:
-            memories.append(Slots(q, sinks.k, sinks.v, step.sinks_mask(s)))
+            memories.append(Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s)))
         if score is not None:
-            age = step.position[:, None] - eidetic.positions
-            mask = mx.where((eidetic.positions >= 0) & (age >= w), 0.0, -math.inf)[:, None, None]
-            memories.append(Slots(q, eidetic.k, eidetic.v, mask))
-    o = memory_attention_step(memories, softmax_scale(config))
+            memories.append(Slots(q, eidetic.k, eidetic.v, w, eidetic.positions))
+    o = memory_attention_step(memories, step.position, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
 
 
 def slots_seen(q: mx.array, k: mx.array, v: mx.array, step: Step, near: int = 0) -> Slots:
     """The slots of a ring that may hold something."""
-    n, mask = step.seen(k.shape[2]), step.mask(k.shape[2], near)
-    return Slots(q, k, v, mask) if n == k.shape[2] else Slots(q, k[:, :, :n], v[:, :, :n], mask)
+    return Slots(q, k, v, near, mask=step.mask(k.shape[2], near))
 
 
 def _opened(sinks: SinkState, x: Projected, step: Step) -> SinkState:

@@ -16,9 +16,15 @@ import mlx.core as mx
 import numpy as np
 
 import bmojo_metal
+from bmojo_metal import Band as Band
 from bmojo_metal import Eidetic as Eidetic
+from bmojo_metal import Pinned as Pinned
+from bmojo_metal import Queries as Queries
 from bmojo_metal import Ring as Ring
+from bmojo_metal import Slots as Slots
 from bmojo_metal import innovation_scores as innovation_scores
+from bmojo_metal import memory_attention as memory_attention
+from bmojo_metal import memory_attention_step as memory_attention_step
 from bmojo_metal import promote as promote
 from bmojo_metal import selective_scan as selective_scan
 from bmojo_metal import selective_scan_step as selective_scan_step
@@ -112,158 +118,3 @@ def find_eidetic(candidates: Candidates, chunks: Chunks, first: int, wanted: mx.
     if missing.any():
         raise ValueError(f"eidetic_index: position {np.array(wanted)[missing][0]} is not one this chunk can keep")
     return ascending(mx.where(found.any(-1), found.argmax(-1).astype(mx.int32), n), n, wanted.shape[-1])
-
-
-# --- one softmax over every memory (step 7) ---------------------------------------------------------------------------
-
-
-class Queries(NamedTuple):
-    """Where the t query tokens of a call stand."""
-
-    start: tuple[int, ...]  # position of each row's first token
-    position: mx.array  # (b, t) int64
-    chunk: mx.array | None  # (b, t) ordinal of the token's chunk; None where nothing is chosen by chunk
-    masks: dict[tuple[int, ...], mx.array]  # masks made so far: layers of one call share them
-
-
-class Band(NamedTuple):
-    """A memory read by distance: columns are the m tokens before the call, oldest first, then the call's t tokens.
-
-    Token i sees columns with near <= i - position < far; `far` None: all earlier ones.
-    """
-
-    q: mx.array  # (b, h, t, p)
-    k: mx.array  # (b, g, m + t, p)
-    v: mx.array  # (b, g, m + t, p)
-    near: int
-    far: int | None
-
-
-class Pinned(NamedTuple):
-    """A memory read by index: every chunk has a short list of columns, seen from `near` tokens on."""
-
-    q: mx.array  # (b, h, t, p)
-    k: mx.array  # (b, g, n, p)
-    v: mx.array  # (b, g, n, p)
-    position: mx.array  # (b, n) int64
-    # (b, c, e) columns, -1 = none; None: every chunk has all of them
-    index: mx.array | None  # pyright: ignore[reportIncompatibleMethodOverride]
-    near: int
-
-
-def _scores(q: mx.array, k: mx.array) -> mx.array:
-    """Products of scaled q (b, h, t, p) and k (b, g, n, p): (b, h, t, n) float32."""
-    (b, h, t, p), g = q.shape, k.shape[1]
-    products = q.reshape(b, g, h // g * t, p) @ k.swapaxes(-1, -2)
-    return products.reshape(b, h, t, -1).astype(mx.float32)
-
-
-def _mix(weights: mx.array, v: mx.array) -> mx.array:
-    """weights (b, h, t, n) over v (b, g, n, p): (b, h, t, p)."""
-    (b, h, t, n), g = weights.shape, v.shape[1]
-    return (weights.reshape(b, g, h // g * t, n) @ v).reshape(b, h, t, -1)
-
-
-def _in_sight(band: Band, begin: int, end: int) -> slice:
-    """Columns that tokens begin .. end - 1 may see."""
-    m = band.k.shape[2] - band.q.shape[2]
-    oldest = 0 if band.far is None else max(0, m + begin - band.far + 1)
-    return slice(oldest, max(oldest, m + end - band.near))
-
-
-def _band_mask(band: Band, at: Queries, begin: int, end: int, seen: slice) -> mx.array:
-    """0 where token begin .. end - 1 sees a column, else -inf: (1 or b, 1, tile, n) float32."""
-    first = seen.start - (band.k.shape[2] - band.q.shape[2])  # of the columns, counted from the call's first token
-    unwritten = first < -min(at.start)
-    far, n = band.far or end - first, seen.stop - seen.start
-    geometry = (end - begin, begin - first, n, band.near, far, first if unwritten else 0)
-    if geometry not in at.masks:
-        columns = first + np.arange(n)
-        distance = np.arange(begin, end)[:, None] - columns
-        visible = ((distance >= band.near) & (distance < far))[None]
-        if unwritten:
-            visible = visible & (columns >= -np.array(at.start)[:, None])[:, None]
-        at.masks[geometry] = mx.array(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None])
-    return at.masks[geometry]
-
-
-def _members(pinned: Pinned) -> mx.array | None:
-    """(b, c, n) bool: which columns are on which chunk's list."""
-    if pinned.index is None:
-        return None
-    (b, c, _), n = pinned.index.shape, pinned.position.shape[1]
-    columns = mx.where(pinned.index < 0, n, pinned.index)
-    return mx.put_along_axis(mx.zeros((b, c, n + 1), mx.bool_), columns, mx.array(True), axis=-1)[..., :n]
-
-
-def _pinned_mask(pinned: Pinned, members: mx.array | None, at: Queries, begin: int, end: int) -> mx.array:
-    """0 where token begin .. end - 1 sees a column, else -inf: (b, 1, tile, n)."""
-    visible = pinned.position[:, None] <= (at.position[:, begin:end] - pinned.near)[..., None]
-    if members is not None and at.chunk is not None:
-        visible = visible & mx.take_along_axis(members, at.chunk[:, begin:end, None], axis=1)
-    return mx.where(visible, 0.0, -math.inf)[:, None]
-
-
-def memory_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scale: float) -> mx.array:
-    """One softmax over all memories of each of t tokens: (b, h, t, p).
-
-    The first band must let every token see itself. Scores exist for QUERY_TILE tokens at a time, softmax is in float32,
-    products in the values' dtype.
-    """
-    t, out = bands[0].q.shape[2], []
-    members = None if pinned is None else _members(pinned)
-    for begin in range(0, t, QUERY_TILE):
-        end = min(begin + QUERY_TILE, t)
-        seen = [_in_sight(band, begin, end) for band in bands]
-        bands_seen = [(band, part) for band, part in zip(bands, seen, strict=True) if part.start < part.stop]
-        pins = pinned is not None and max(at.start) + end > pinned.near
-        if len(bands_seen) == 1 and not pins:
-            out.append(_one_band(*bands_seen[0], at, begin, end, scale))
-            continue
-        scores = [
-            _scores(band.q[:, :, begin:end] * scale, band.k[:, :, part]) + _band_mask(band, at, begin, end, part)
-            for band, part in bands_seen
-        ]
-        values = [band.v[:, :, part] for band, part in bands_seen]
-        if pinned is not None and pins:
-            mask = _pinned_mask(pinned, members, at, begin, end)
-            scores.append(_scores(pinned.q[:, :, begin:end] * scale, pinned.k) + mask)
-            values.append(pinned.v)
-        weights = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
-        out.append(_mix(weights.astype(values[0].dtype), mx.concatenate(values, axis=2)))
-    return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
-
-
-def _one_band(band: Band, seen: slice, at: Queries, begin: int, end: int, scale: float) -> mx.array:
-    """MLX's own attention does where there is a single memory: (b, h, tile, p)."""
-    q, k, v = band.q[:, :, begin:end], band.k[:, :, seen], band.v[:, :, seen]
-    if band.far is None and len(set(at.start)) == 1:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    mask = _band_mask(band, at, begin, end, seen).astype(q.dtype)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-
-
-class Slots(NamedTuple):
-    """A memory of one decoding step: its query and its slots."""
-
-    q: mx.array  # (b, h, 1, p)
-    k: mx.array  # (b, g, n, p)
-    v: mx.array  # (b, g, n, p)
-    mask: mx.array  # (1 or b, 1, 1, n) float32: 0 where visible, else -inf
-
-
-def memory_attention_step(memories: list[Slots], scale: float) -> mx.array:
-    """`memory_attention` for one token: (b, h, 1, p). Keys stay where they are; only scores are put side by side."""
-    (b, h, _, p), g = memories[0].q.shape, memories[0].k.shape[1]
-    scores = []
-    for m in memories:
-        products = (m.q * scale).reshape(b, g, h // g, p) @ m.k.swapaxes(-1, -2)
-        scores.append(products.astype(mx.float32) + m.mask)
-    if len(memories) == 1:
-        weights = [mx.softmax(scores[0], axis=-1)]
-    else:
-        joined = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
-        ends = np.cumsum([m.k.shape[2] for m in memories])[:-1].tolist()
-        weights = mx.split(joined, ends, axis=-1)
-    parts = [w.astype(m.v.dtype) @ m.v for w, m in zip(weights, memories, strict=True)]
-    return sum(parts[1:], start=parts[0]).reshape(b, h, 1, p)

@@ -4,16 +4,20 @@ Every op runs its kernel where `kernels_available()`, else its reference, and ha
 Knows nothing of models, checkpoints or the rest of bmojo-edge; imports MLX and nothing of ours.
 """
 
-from bmojo_metal.attention import memory_attention
-from bmojo_metal.attention_step import memory_attention_step
+from bmojo_metal.attention import Band, Pinned, Queries, memory_attention
+from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
 from bmojo_metal.launch import kernels_available, use_kernels
 from bmojo_metal.scan import selective_scan, selective_scan_step
 from bmojo_metal.selection import Eidetic, Ring, innovation_scores, promote, select_eidetic
 
 __all__ = [
+    "Band",
     "Eidetic",
+    "Pinned",
+    "Queries",
     "Ring",
+    "Slots",
     "innovation_scores",
     "kernels_available",
     "memory_attention",

@@ -66,7 +66,8 @@ class Pinned(NamedTuple):
     k: mx.array  # (b, g, n, p)
     v: mx.array  # (b, g, n, p)
     position: mx.array  # (b, n) int64, negative = nothing there
-    lists: mx.array | None  # (b, c, e) columns, each at most once in a list, -1 = none; None: every chunk has all
+    # (b, c, e) columns, each at most once in a list, -1 = none; None: every chunk has all of them
+    index: mx.array | None  # pyright: ignore[reportIncompatibleMethodOverride]
     near: int
 
 
@@ -110,16 +111,16 @@ def _check(bands: Sequence[Band], pinned: Pinned | None, at: Queries) -> None:
         return
     require_shapes(op, position=(pinned.position, (b, pinned.k.shape[2])))
     require_dtypes(op, INDICES, position=pinned.position)
-    if pinned.lists is not None:
-        if at.chunk is None or pinned.lists.ndim != 3 or pinned.lists.shape[0] != b:
+    if pinned.index is not None:
+        if at.chunk is None or pinned.index.ndim != 3 or pinned.index.shape[0] != b:
             raise ValueError(f"{op}: lists of columns must be ({b}, c, e), and the queries must have chunks")
         require_shapes(op, chunk=(at.chunk, (b, t)))
-        require_dtypes(op, INDICES, lists=pinned.lists, chunk=at.chunk)
+        require_dtypes(op, INDICES, index=pinned.index, chunk=at.chunk)
 
 
 def _has_kernel(bands: Sequence[Band], pinned: Pinned | None) -> bool:
     """The kernel takes up to two bands and a pinned memory with columns."""
-    listed = pinned is None or (pinned.k.shape[2] > 0 and (pinned.lists is None or pinned.lists.size > 0))
+    listed = pinned is None or (pinned.k.shape[2] > 0 and (pinned.index is None or pinned.index.size > 0))
     return len(bands) <= 2 and listed and bands[0].q.shape[3] <= MAX_HEAD_DIM
 
 
@@ -142,7 +143,7 @@ def _metal(bands: Sequence[Band], pinned: Pinned | None, at: Queries, scale: flo
     one, two = bands[0], bands[-1]
     pins = pinned or Pinned(one.q, one.k, one.v, at.position, None, 0)
     far = [band.k.shape[2] if band.far is None else min(band.far, band.k.shape[2]) for band in (one, two)]
-    lists = pins.position if pins.lists is None else pins.lists
+    lists = pins.position if pins.index is None else pins.index
     sizes = mx.array([one.near, far[0], two.near, far[1], pins.near], mx.int32)
     (out,) = _ATTENTION(
         [
@@ -154,7 +155,7 @@ def _metal(bands: Sequence[Band], pinned: Pinned | None, at: Queries, scale: flo
         threadgroup=(128, 1, 1),
         template=[
             *(("T", dtype), ("HEAD_DIM", p), ("BAND1", len(bands) == 2)),
-            *(("PINNED", pinned is not None), ("LISTS", pins.lists is not None)),
+            *(("PINNED", pinned is not None), ("LISTS", pins.index is not None)),
         ],
     )
     return out.swapaxes(1, 2)  # heads side by side, as the output projection wants them
@@ -201,10 +202,10 @@ def _band_mask(band: Band, at: Queries, begin: int, end: int, seen: slice) -> mx
 
 def _members(pinned: Pinned) -> mx.array | None:
     """(b, c, n) bool: which columns are on which chunk's list."""
-    if pinned.lists is None:
+    if pinned.index is None:
         return None
-    (b, c, _), n = pinned.lists.shape, pinned.position.shape[1]
-    columns = mx.where(pinned.lists < 0, n, pinned.lists)
+    (b, c, _), n = pinned.index.shape, pinned.position.shape[1]
+    columns = mx.where(pinned.index < 0, n, pinned.index)
     return mx.put_along_axis(mx.zeros((b, c, n + 1), mx.bool_), columns, mx.array(True), axis=-1)[..., :n]
 
 

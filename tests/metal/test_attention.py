@@ -152,7 +152,7 @@ def test_memories_of_a_call_that_do_not_fit_are_refused() -> None:
         ([one], None, at._replace(position=at.position[:, 1:]), "position must have shape"),
         ([one], pinned._replace(position=pinned.position[:, 1:]), at, "position must have shape"),
         ([one], pinned, at._replace(chunk=None), "queries must have chunks"),
-        ([one], pinned._replace(lists=mx.zeros((2, 3, 3))), at, "lists must be int32 or int64"),
+        ([one], pinned._replace(index=mx.zeros((2, 3, 3))), at, "index must be int32 or int64"),
     ):
         with pytest.raises(ValueError, match=message):
             memory_attention(wrong, pins, queries, 0.3)

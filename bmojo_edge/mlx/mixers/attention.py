@@ -33,7 +33,8 @@ class Attention(Projections):
         """One token: u (b, d). A growing cache must have room for it, see `grown`."""
         x = self.project(u)
         state = AttentionState(put(state.k, rotate(x.k, step.rotary), step), put(state.v, x.v, step))
-        o = memory_attention_step([slots_seen(rotate(x.q, step.rotary), *state, step)], softmax_scale(self.config))
+        seen = slots_seen(rotate(x.q, step.rotary), *state, step)
+        o = memory_attention_step([seen], step.position, softmax_scale(self.config))
         return self.o_proj(o.reshape(len(u), -1)), state
 
 

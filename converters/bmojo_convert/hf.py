@@ -1,6 +1,6 @@
-"""Llama-family folders of Hugging Face Transformers: llama, mistral, qwen2, qwen3, plain or quantised by mlx-lm.
+"""Folders in the layout of Hugging Face Transformers, plain or quantised by mlx-lm: files, tensors, golden logits.
 
-Missing fields have the defaults of the model's class in transformers; what we cannot compute is refused by name.
+What the fields of config.json mean and how tensors are named is the family's (`families.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bmojo_convert.names import HF_TRANSFORMER, ConvertError, Renamed, Stored
-from bmojo_convert.rope import from_huggingface
+from bmojo_convert.families import FAMILIES
+from bmojo_convert.names import ConvertError, Renamed, Stored
 from bmojo_convert.source import Source
 from bmojo_edge.checkpoint import CONFIG, GENERATION, TOKENIZER_FILES
 from bmojo_edge.config import DTYPES, Config, ConfigError, Quantization
@@ -21,20 +21,10 @@ from bmojo_edge.parameters import parameter_count
 from bmojo_edge.quantize import dequantized
 from bmojo_edge.tensors import Tensors, read_json
 
-# What a class of transformers assumes where config.json is silent.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {
-        "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128,
-    },
-}  # fmt: skip
-
 # Above this, a copy of the whole model in float32 is too much to ask for; the oracle needs one layer.
 _LARGEST_WHOLE = 1 << 30
 
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"  # in every family
 
 
 def open_folder(folder: Path) -> Source:
@@ -45,21 +35,27 @@ def open_folder(folder: Path) -> Source:
     where = str(folder / CONFIG)
     given = read_json(folder / CONFIG)
     kind = given.get("model_type")
-    if kind not in _DEFAULTS:
-        raise ConvertError(f"{where}: model_type {kind!r} is not supported; known are {', '.join(_DEFAULTS)}, bmojo")
-    content = {**_DEFAULTS[kind], **given}
+    if kind not in FAMILIES:
+        raise ConvertError(f"{where}: model_type {kind!r} is not supported; known are {', '.join(FAMILIES)}, bmojo")
+    family = FAMILIES[kind]
+    content = {**family.defaults, **given}
     quantization = _quantization(content, where)
     tensors = Tensors.open(folder)
     stored = _stored(tensors, quantization)
-    tied = bool(content.get("tie_word_embeddings")) and not _has_own_head(stored)
+    tied = bool(content.get("tie_word_embeddings")) and not _has_own_head(stored, family.embed)
     if tied:
-        stored = _without_head(stored)
-    config = _config(content, tied, _dtype(tensors), where)
-    whole = quantization is None and parameter_count(config) * 4 <= _LARGEST_WHOLE and _has_transformers()
+        stored = _without_head(stored, family.embed)
+    try:
+        dtype = _dtype(tensors, family.embed)
+        config = Config(**family.fields(content, where), tie_embeddings=tied, dtype=dtype)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}") from None
+    small = parameter_count(config) * 4 <= _LARGEST_WHOLE
+    whole = quantization is None and small and family.in_transformers and _has_transformers()
     return Source(
         path=folder,
         config=config,
-        weights=Renamed(config, HF_TRANSFORMER, stored, str(folder)),
+        weights=Renamed(config, family.table(config), stored, str(folder)),
         files={name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()},
         generation=_generation(folder, content),
         logits=(lambda tokens: _transformers_logits(folder, tokens)) if whole else None,
@@ -98,94 +94,32 @@ def _stored(tensors: Tensors, quantization: Quantization | None) -> Stored:
     return Stored(shapes, plain.__getitem__)
 
 
-def _dtype(tensors: Tensors) -> str:
+def _dtype(tensors: Tensors, embed: str) -> str:
     """The dtype of the embedding, or of its scales, stands for the model's."""
-    for name in (_EMBED, _HEAD):
+    for name in (embed, _HEAD):
         for part in (name.replace(".weight", ".scales"), name):
             if part in tensors and tensors.info(part).dtype in DTYPES:
                 return tensors.info(part).dtype
     return "float32"
 
 
-def _has_own_head(stored: Stored) -> bool:
+def _has_own_head(stored: Stored, embed: str) -> bool:
     """Whether a model that says it is tied has a head of its own after all; transformers then does not tie."""
-    if _HEAD not in stored.shapes or _EMBED not in stored.shapes:
+    if _HEAD not in stored.shapes or embed not in stored.shapes:
         return False
-    return not np.array_equal(stored.read(_HEAD), stored.read(_EMBED))
+    return not np.array_equal(stored.read(_HEAD), stored.read(embed))
 
 
-def _without_head(stored: Stored) -> Stored:
+def _without_head(stored: Stored, embed: str) -> Stored:
     """The tensors of a tied model, of which some checkpoints keep both names and some only the head's."""
     shapes = dict(stored.shapes)
     head = shapes.pop(_HEAD, None)
-    if head is None or _EMBED in shapes:
+    if head is None or embed in shapes:
         return Stored(shapes, stored.read)
-    return Stored({**shapes, _EMBED: head}, lambda name: stored.read(_HEAD if name == _EMBED else name))
+    return Stored({**shapes, embed: head}, lambda name: stored.read(_HEAD if name == embed else name))
 
 
-# --- config ---------------------------------------------------------------------------------------------------------
-
-
-def _config(content: Mapping[str, Any], tied: bool, dtype: str, where: str) -> Config:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(content.get(name), int):
-            raise ConvertError(f"{where}: {name} is missing or no integer")
-    _refuse(content, where)
-    n_layers = content["num_hidden_layers"]
-    theta, scaling = from_huggingface(content, where)
-    try:
-        return Config(
-            vocab_size=content["vocab_size"],
-            d_model=content["hidden_size"],
-            layer_types=("attention",) * n_layers,
-            d_ff=content["intermediate_size"],
-            n_heads=content["num_attention_heads"],
-            n_kv_heads=content.get("num_key_value_heads"),
-            head_dim=content.get("head_dim"),
-            attention_window=_windows(content, n_layers, where),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=content.get("rms_norm_eps", 1e-6),
-            qk_norm=content["model_type"] == "qwen3",
-            attention_bias=content["model_type"] == "qwen2",
-            tie_embeddings=tied,
-            dtype=dtype,
-        )
-    except ConfigError as error:
-        raise ConvertError(f"{where}: {error}") from None
-
-
-def _refuse(content: Mapping[str, Any], where: str) -> None:
-    activation = content.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConvertError(f"{where}: hidden_act {activation!r} is not supported; known is silu")
-    if content.get("mlp_bias"):
-        raise ConvertError(f"{where}: mlp_bias: biases in the MLP are not supported")
-    if content.get("attention_bias") and content["model_type"] in ("llama", "qwen3"):
-        raise ConvertError(f"{where}: attention_bias: it gives o_proj a bias in {content['model_type']}, not supported")
-
-
-def _windows(content: Mapping[str, Any], n_layers: int, where: str) -> int | tuple[int | None, ...] | None:
-    """How far each layer sees: transformers' sliding_window counts the token itself, as attention_window does."""
-    kind, reach = content["model_type"], content.get("sliding_window")
-    if kind == "llama":
-        return None
-    if kind == "mistral":
-        return reach
-    reach = reach if content.get("use_sliding_window", False) else None
-    first = content.get("max_window_layers", 28)
-    types = content.get("layer_types")
-    if types is None:
-        types = ["sliding_attention" if reach and i >= first else "full_attention" for i in range(n_layers)]
-    unknown = sorted({*map(str, types)} - {"sliding_attention", "full_attention"})
-    if unknown:
-        raise ConvertError(f"{where}: layer_types: {unknown[0]!r} is not supported")
-    if len(types) != n_layers:
-        raise ConvertError(f"{where}: layer_types lists {len(types)} layers, num_hidden_layers is {n_layers}")
-    if "sliding_attention" in types and reach is None:
-        raise ConvertError(f"{where}: layer_types has sliding_attention, but sliding_window is not set or not in use")
-    windows = tuple(reach if kind == "sliding_attention" else None for kind in types)
-    return windows[0] if len(set(windows)) == 1 else windows
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _generation(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

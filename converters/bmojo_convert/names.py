@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -39,8 +39,18 @@ def _interleaved(heads: Callable[[Config], int]) -> Layout:
     return undo
 
 
+def _taps(array: np.ndarray, config: Config) -> np.ndarray:
+    """A depthwise convolution without its axis of length 1: (c, 1, k) in PyTorch, (c, k, 1) in MLX."""
+    axes = [axis for axis in (1, 2) if array.ndim == 3 and array.shape[axis] == 1]
+    return array.squeeze(axes[0]) if axes else array
+
+
 class Row(NamedTuple):
-    """One parameter: our name, theirs, and its layout where it is not simply the same array."""
+    """One parameter: our name, theirs, and its layout where it is not simply the same array.
+
+    `{i}` stands for a layer, other names in braces in `theirs` for parts of the layer that `Table.places` names. With
+    `{e}` there is a tensor for every expert, and the parameter is all of them stacked.
+    """
 
     ours: str
     theirs: str
@@ -48,10 +58,11 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """All rows of a format; `{i}` stands for a layer. `ignored` are patterns of tensors that hold nothing to keep."""
+    """All rows of a format; `ignored` are patterns of tensors that hold nothing to keep."""
 
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
+    places: Callable[[Config, int], Mapping[str, str]] = lambda config, layer: {}
 
 
 _TRANSFORMER = (
@@ -94,6 +105,99 @@ GGUF_LLAMA = Table(
     tuple(row._replace(layout=_ROTATED.get(row.ours.split(".")[-2])) for row in GGUF_TRANSFORMER.rows), _GGUF_IGNORED
 )
 
+# --- state-space mixers ---------------------------------------------------------------------------------------------
+
+_MAMBA = (
+    # ours, Hugging Face; mamba and mamba2 name the same things alike
+    ("in_proj.weight", "in_proj.weight"),
+    ("conv.weight", "conv1d.weight"),
+    ("conv.bias", "conv1d.bias"),
+    ("A_log", "A_log"),
+    ("D", "D"),
+    ("out_proj.weight", "out_proj.weight"),
+)
+_MAMBA_BIASES = (("in_proj.bias", "in_proj.bias"), ("out_proj.bias", "out_proj.bias"))
+_MAMBA1 = (
+    *_MAMBA,
+    *_MAMBA_BIASES,
+    ("x_proj.weight", "x_proj.weight"),
+    ("dt_proj.weight", "dt_proj.weight"),
+    ("dt_proj.bias", "dt_proj.bias"),
+)
+_MAMBA2 = (*_MAMBA, ("dt_bias", "dt_bias"), ("norm.weight", "norm.weight"))
+_JAMBA_NORMS = (
+    ("dt_norm.weight", "dt_layernorm.weight"),
+    ("B_norm.weight", "b_layernorm.weight"),
+    ("C_norm.weight", "c_layernorm.weight"),
+)
+
+
+def _under(ours: str, theirs: str, names: Iterable[tuple[str, str]]) -> tuple[Row, ...]:
+    """Rows of one module: both sides' names behind their prefixes, convolutions without their empty axis."""
+    return tuple(Row(ours + a, theirs + b, _taps if a.endswith("conv.weight") else None) for a, b in names)
+
+
+_BACKBONE = (
+    Row("embed.weight", "backbone.embeddings.weight"),
+    Row("norm.weight", "backbone.norm_f.weight"),
+    Row("lm_head.weight", "lm_head.weight"),
+    Row("layers.{i}.norm.weight", "backbone.layers.{i}.norm.weight"),
+)
+HF_MAMBA = Table(_BACKBONE + _under("layers.{i}.mixer.", "backbone.layers.{i}.mixer.", _MAMBA1))
+HF_MAMBA2 = Table(_BACKBONE + _under("layers.{i}.mixer.", "backbone.layers.{i}.mixer.", _MAMBA2 + _MAMBA_BIASES))
+
+_JAMBA = {"norm.weight": "model.final_layernorm.weight"} | {
+    "layers.{i}.mlp_norm.weight": "model.layers.{i}.pre_ff_layernorm.weight"
+}
+HF_JAMBA = Table(
+    tuple(
+        row._replace(theirs=_JAMBA.get(row.ours, row.theirs.replace(".mlp.", ".feed_forward.")))
+        for row in HF_TRANSFORMER.rows
+        if not row.ours.endswith(("proj.bias", "q_norm.weight", "k_norm.weight"))
+    )
+    + _under("layers.{i}.mixer.", "model.layers.{i}.mamba.", _MAMBA1 + _JAMBA_NORMS)
+    + (Row("layers.{i}.mlp.router.weight", "model.layers.{i}.feed_forward.router.weight"),)
+    + tuple(
+        Row(
+            f"layers.{{i}}.mlp.experts.{x}_proj.weight",
+            f"model.layers.{{i}}.feed_forward.experts.{{e}}.{x}_proj.weight",
+        )
+        for x in ("gate", "up", "down")
+    )
+)
+
+# --- Hybrid Model Factory: a hybrid of a Transformer, whose names the rest of the layer keeps -----------------------
+
+_PROJECTIONS = tuple(
+    (f"{x}_{part}", f"{x}_{part.replace('.', '{_}.')}")
+    for x, part in (
+        ("q", "proj.weight"), ("k", "proj.weight"), ("v", "proj.weight"), ("q", "proj.bias"), ("k", "proj.bias"),
+        ("v", "proj.bias"), ("q", "norm.weight"), ("k", "norm.weight"),
+    )
+)  # fmt: skip
+_DELTA = (
+    *((f"{x}_conv.{leaf}", f"{x}_conv1d.{leaf}") for x in "qkv" for leaf in ("weight", "bias")),
+    *((name, name) for name in ("b_proj.weight", "b_proj.bias", "gk_proj.weight", "a_proj.weight", "g_proj.weight")),
+    *((name, name) for name in ("alpha_proj.weight", "alpha_proj.bias", "o_norm.weight", "k_rep", "v_rep")),
+    *((f"proj_{x}.linear{y}.weight", f"proj_{x}.linear{y}.weight") for x in "kv" for y in "AB"),
+)
+_B_C_NORMS = (("B_norm.weight", "B_norm.weight"), ("C_norm.weight", "C_norm.weight"))
+_ATTENDING = tuple((ours, theirs.format(_="")) for ours, theirs in _PROJECTIONS) + (("o_proj.weight", "o_proj.weight"),)
+_FADING = tuple((f"fading.{ours}", theirs.format(_="_")) for ours, theirs in _PROJECTIONS)
+_DELTA_ALONE = tuple(pair for pair in _ATTENDING if pair[0] in ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+
+# {mixer} and {ssm} are the modules of a layer's mixer and of the SSM within it, see hmf.py.
+HMF = Table(
+    tuple(row for row in HF_TRANSFORMER.rows if ".mixer." not in row.ours)
+    + _under("layers.{i}.mixer.", "model.layers.{i}.{mixer}.", _ATTENDING + _FADING + _MAMBA2 + _B_C_NORMS + _DELTA)
+    + _under(
+        "layers.{i}.mixer.ssm.",
+        "model.layers.{i}.{ssm}.",
+        _MAMBA2 + _B_C_NORMS + _DELTA + _DELTA_ALONE + (("o_proj.weight", "o_proj.weight"),),
+    ),
+    _HF_IGNORED,
+)
+
 
 def own_names(config: Config) -> Table:
     """The table of a source that has our names already."""
@@ -108,6 +212,20 @@ class Stored(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
+def _stacked(row: Row) -> bool:
+    """Whether a parameter is several tensors, one for every expert."""
+    return "{e}" in row.theirs
+
+
+def _tensors(row: Row, layer: int | None, config: Config, table: Table) -> tuple[str, ...]:
+    """Their names of what makes one parameter, in order."""
+    if layer is None:
+        return (row.theirs,)
+    places, experts = table.places(config, layer), config.experts_of(layer)
+    count = experts.n if experts is not None and _stacked(row) else 1
+    return tuple(row.theirs.format(i=layer, e=e, **places) for e in range(count))
+
+
 class Renamed(Mapping[str, np.ndarray]):
     """The parameters of a config, each made from a source's tensors when it is asked for.
 
@@ -119,34 +237,43 @@ class Renamed(Mapping[str, np.ndarray]):
         self._shapes = parameter_shapes(config)
         rows = {row.ours: row for row in table.rows}
         self._rows: dict[str, Row] = {}
+        self._theirs: dict[str, tuple[str, ...]] = {}
         for name, shape in self._shapes.items():
             layer = re.match(r"layers\.(\d+)\.", name)
             row = rows.get(name if layer is None else f"layers.{{i}}.{name[layer.end() :]}")
             if row is None:
                 raise ConvertError(f"{where}: this format has no tensor for {name!r}")
-            if layer is not None:
-                row = row._replace(theirs=row.theirs.replace("{i}", layer[1]))
             self._rows[name] = row
-            found = stored.shapes.get(row.theirs)
-            if found is None:
-                raise ConvertError(f"{where}: tensor {row.theirs!r} is missing")
-            if math.prod(found) != math.prod(shape) or (row.layout is None and found != shape):
-                raise ConvertError(f"{where}: tensor {row.theirs!r} has shape {found}, expected {shape}")
-        used = {row.theirs for row in self._rows.values()}
+            self._theirs[name] = _tensors(row, None if layer is None else int(layer[1]), config, table)
+            for theirs in self._theirs[name]:
+                self._check(theirs, shape[1:] if _stacked(row) else shape, row.layout)
+        used = {theirs for names in self._theirs.values() for theirs in names}
         ignored = re.compile("|".join(table.ignored) or "(?!)")
         extra = sorted(name for name in stored.shapes if name not in used and not ignored.fullmatch(name))
         if extra:
             raise ConvertError(f"{where}: {len(extra)} tensor(s) left over, such as {extra[0]!r}")
 
+    def _check(self, theirs: str, shape: tuple[int, ...], layout: Layout | None) -> None:
+        found = self._stored.shapes.get(theirs)
+        if found is None:
+            raise ConvertError(f"{self._where}: tensor {theirs!r} is missing")
+        if math.prod(found) != math.prod(shape) or (layout is None and found != shape):
+            raise ConvertError(f"{self._where}: tensor {theirs!r} has shape {found}, expected {shape}")
+
     def __getitem__(self, name: str) -> np.ndarray:
-        row = self._rows[name]
-        array = self._stored.read(row.theirs)
-        if array.dtype.name not in FLOATS:
-            raise ConvertError(f"{self._where}: tensor {row.theirs!r} is {array.dtype}, not a floating-point dtype")
+        row, parts = self._rows[name], [self._read(theirs) for theirs in self._theirs[name]]
+        array = np.stack(parts) if _stacked(row) else parts[0]
         if row.layout is not None:
             array = row.layout(array, self._config)
         if array.shape != self._shapes[name]:
-            raise ConvertError(f"{self._where}: {row.theirs!r} gives {array.shape}, expected {self._shapes[name]}")
+            theirs = self._theirs[name][0]
+            raise ConvertError(f"{self._where}: {theirs!r} gives {array.shape}, expected {self._shapes[name]}")
+        return array
+
+    def _read(self, theirs: str) -> np.ndarray:
+        array = self._stored.read(theirs)
+        if array.dtype.name not in FLOATS:
+            raise ConvertError(f"{self._where}: tensor {theirs!r} is {array.dtype}, not a floating-point dtype")
         return array
 
     def __iter__(self) -> Iterator[str]:

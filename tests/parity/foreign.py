@@ -31,7 +31,19 @@ _CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
+    "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
+    "jamba": (transformers.JambaConfig, transformers.JambaForCausalLM),
 }
+_BACKBONE = {"vocab_size": 83, "hidden_size": 48, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {**_BACKBONE, "state_size": 5},
+    "mamba2": {**_BACKBONE, "state_size": 5, "num_heads": 8, "head_dim": 12, "n_groups": 2, "chunk_size": 16},
+    "jamba": {
+        **_SIZES, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 1,
+        "mamba_d_state": 5,
+    },
+}  # fmt: skip
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -44,13 +56,18 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
 def model(kind: str, seed: int = 0, **fields: Any) -> Any:
     """A random model whose every parameter matters: gains and biases too are random."""
     config_class, model_class = _CLASSES[kind]
-    config = config_class(**{**_SIZES, **fields})
+    config = config_class(**{**_OWN_SIZES.get(kind, _SIZES), **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     made = model_class(config).float().eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith("A_log"):
+                rates = torch.arange(1.0, 1.0 + parameter.shape[-1]).log()
+                parameter.copy_(rates + 0.1 * torch.randn_like(parameter))
+            elif name.endswith(("dt_proj.bias", "dt_bias")):  # steps of about 0.13: some tens of tokens are remembered
+                parameter.copy_(torch.randn_like(parameter) * 0.1 - 2)
+            elif parameter.ndim == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -14,18 +15,79 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmojo_convert import ConvertError, convert, default
+from bmojo_convert import ConvertError, convert, default, hmf
 from bmojo_convert.memories import Memories, adapt
-from bmojo_convert.names import GGUF_LLAMA, GGUF_TRANSFORMER, HF_TRANSFORMER, Renamed, Stored, Table
+from bmojo_convert.names import (
+    GGUF_LLAMA,
+    GGUF_TRANSFORMER,
+    HF_JAMBA,
+    HF_MAMBA,
+    HF_MAMBA2,
+    HF_TRANSFORMER,
+    Renamed,
+    Stored,
+    Table,
+)
 from bmojo_edge import Config, checkpoint, golden, hub
 from bmojo_edge.parameters import parameter_shapes
 from tests.helpers import GRID, odd, random_weights
 
-TABLES = {"hf": HF_TRANSFORMER, "gguf llama": GGUF_LLAMA, "gguf": GGUF_TRANSFORMER}
 EVERYTHING = Config(
     vocab_size=11, d_model=12, d_ff=20, n_heads=4, n_kv_heads=2, head_dim=6, layer_types=("attention",) * 3,
     qk_norm=True, attention_bias=True, rope_theta=100.0,
 )  # fmt: skip
+_SIZES: dict[str, Any] = {"vocab_size": 11, "d_model": 12, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6}
+_LOW_RANK = {"kv_proj_rank": 2, "kv_learnable_residual": True}
+_HMF: dict[str, Any] = {"d_ff": 20, "qk_norm": True, "attention_bias": True, "tie_kv": False}
+_HMF_MAMBA2 = {"kind": "mamba2", "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "d_state": 6, "bc_norm": True}
+
+
+def _of(*kinds: str, **fields: Any) -> Config:
+    return Config(layer_types=kinds, **{**_SIZES, **fields})
+
+
+def _hmf(kind: str, ssm: dict[str, Any]) -> Config:
+    """Every unfused symbol with one mixer: B'MOJO-F around it, it alone, full and sliding attention."""
+    kinds = ("attention", "bmojo", kind, "attention", "bmojo")
+    return _of(*kinds, attention_window=(None, None, None, 5, None), ssm=ssm, **_HMF)
+
+
+# Tables, and models that have all of a table's parameters between them.
+MODELS: dict[str, tuple[Table, list[Config]]] = {
+    "hf": (HF_TRANSFORMER, [EVERYTHING]),
+    "gguf llama": (GGUF_LLAMA, [EVERYTHING]),
+    "gguf": (GGUF_TRANSFORMER, [EVERYTHING]),
+    "mamba": (HF_MAMBA, [_of(*["mamba"] * 3, ssm={"kind": "mamba", "bias": True})]),
+    "mamba2": (HF_MAMBA2, [_of(*["mamba2"] * 3, ssm={"kind": "mamba2", "bias": True})]),
+    "jamba": (
+        HF_JAMBA,
+        [
+            _of(
+                "mamba", "attention", "mamba", d_ff=20,
+                ssm={"kind": "mamba", "bias": True, "dt_bc_norm": True},
+                experts={"n": 3, "per_token": 2, "layers": (1, 2)},
+            )
+        ],
+    ),
+    "hmf": (
+        hmf.HMF,
+        [
+            _hmf("mamba2", _HMF_MAMBA2),
+            _hmf("gdn", {"kind": "gdn", "conv_bias": True, **_LOW_RANK}),
+            _hmf("gka", {"kind": "gka", **_LOW_RANK}),
+        ],
+    ),
+}  # fmt: skip
+VARIANTS = [
+    pytest.param(name, changes, id=f"{name} {changes}")
+    for name in MODELS
+    for changes in ({}, {"tie_embeddings": True}, {"qk_norm": False}, {"attention_bias": False})
+    if name in ("hf", "gguf llama", "gguf", "hmf") or "tie_embeddings" in changes or not changes
+]
+
+
+def _table(name: str, config: Config) -> Table:
+    return hmf.table(config) if name == "hmf" else MODELS[name][0]
 
 
 def _source(config: Config, table: Table) -> dict[str, tuple[int, ...]]:
@@ -35,8 +97,13 @@ def _source(config: Config, table: Table) -> dict[str, tuple[int, ...]]:
     found = {}
     for row in table.rows:
         for i in layers if "{i}" in row.ours else [0]:
-            if row.ours.format(i=i) in shapes:
-                found[row.theirs.format(i=i)] = shapes[row.ours.format(i=i)]
+            ours, experts = row.ours.format(i=i), config.experts
+            if ours not in shapes:
+                continue
+            places = table.places(config, i) if "{i}" in row.ours else {}
+            for e in range(experts.n) if "{e}" in row.theirs and experts else [0]:
+                shape = shapes[ours][1:] if "{e}" in row.theirs else shapes[ours]
+                found[row.theirs.format(i=i, e=e, **places)] = shape
     return found
 
 
@@ -44,38 +111,54 @@ def _renamed(config: Config, table: Table, shapes: dict[str, tuple[int, ...]]) -
     return Renamed(config, table, Stored(shapes, lambda name: np.zeros(shapes[name], np.float32)), "x.gguf")
 
 
-@pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": False}, {"attention_bias": False}])
-def test_table_is_complete(name: str, changes: dict[str, Any]) -> None:
-    """Every parameter of a Transformer has its row, each row its parameter, and no two share a tensor."""
-    table, config = TABLES[name], EVERYTHING.replace(**changes)
-    shapes = _source(config, table)
-    renamed = _renamed(config, table, shapes)
-    assert list(renamed) == list(parameter_shapes(config))
-    assert len(renamed) == len(shapes)
-    assert {row.ours for row in table.rows} == {
+def _our_rows(config: Config) -> set[str]:
+    return {
         "layers.{i}." + name.split(".", 2)[2] if name.startswith("layers.") else name
-        for name in parameter_shapes(EVERYTHING)
+        for name in parameter_shapes(config)
     }
-    assert len({row.theirs for row in table.rows}) == len(table.rows)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_table_is_complete(name: str, changes: dict[str, Any]) -> None:
+    """Every parameter of a model has its row, and every tensor of the source is used once."""
+    for everything in MODELS[name][1]:
+        config = everything.replace(**changes)
+        table = _table(name, config)
+        shapes = _source(config, table)
+        renamed = _renamed(config, table, shapes)
+        assert list(renamed) == list(parameter_shapes(config))
+        assert all(renamed[ours].shape == shape for ours, shape in parameter_shapes(config).items())
+        experts = config.experts
+        stacked = 0 if experts is None else 3 * (experts.n - 1) * len(experts.layers)
+        assert len(shapes) == len(renamed) + stacked
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_table_has_no_row_too_many(name: str) -> None:
+    """Each row has its parameter in some model, and no two rows share a tensor or a parameter."""
+    table, configs = MODELS[name]
+    assert {row.ours for row in table.rows} == set().union(*map(_our_rows, configs))
+    assert len({row.ours for row in table.rows}) == len({row.theirs for row in table.rows}) == len(table.rows)
     assert all({field for _, field, _, _ in string.Formatter().parse(row.ours)} <= {None, "i"} for row in table.rows)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", MODELS)
 def test_table_is_strict(name: str) -> None:
     """Any tensor taken away, added or reshaped is named."""
-    table, shapes = TABLES[name], _source(EVERYTHING, TABLES[name])
-    for tensor, shape in shapes.items():
-        without = {key: value for key, value in shapes.items() if key != tensor}
-        with pytest.raises(ConvertError, match=f"x.gguf: tensor '{tensor}' is missing"):
-            _renamed(EVERYTHING, table, without)
-        with pytest.raises(ConvertError, match=f"x.gguf: tensor '{tensor}' has shape"):
-            _renamed(EVERYTHING, table, {**shapes, tensor: (*shape[:-1], shape[-1] + 1)})
-    with pytest.raises(ConvertError, match=r"x.gguf: 2 tensor\(s\) left over, such as 'a.weight'"):
-        _renamed(EVERYTHING, table, {**shapes, "a.weight": (1,), "b": (1,)})
-    layer = next(name for name in shapes if ".2." in name)
-    with pytest.raises(ConvertError, match="left over"):
-        _renamed(EVERYTHING, table, {**shapes, layer.replace(".2.", ".3."): (1,)})
+    for config in MODELS[name][1]:
+        table = _table(name, config)
+        shapes = _source(config, table)
+        for tensor, shape in shapes.items():
+            without = {key: value for key, value in shapes.items() if key != tensor}
+            with pytest.raises(ConvertError, match=f"x.gguf: tensor '{re.escape(tensor)}' is missing"):
+                _renamed(config, table, without)
+            with pytest.raises(ConvertError, match=f"x.gguf: tensor '{re.escape(tensor)}' has shape"):
+                _renamed(config, table, {**shapes, tensor: (*shape[:-1], shape[-1] + 1)})
+        with pytest.raises(ConvertError, match=r"x.gguf: 2 tensor\(s\) left over, such as 'a.weight'"):
+            _renamed(config, table, {**shapes, "a.weight": (1,), "b": (1,)})
+        layer = next(name for name in shapes if ".2." in name)
+        with pytest.raises(ConvertError, match="left over"):
+            _renamed(config, table, {**shapes, layer.replace(".2.", ".9."): (1,)})
 
 
 _NORM = "model.layers.0.input_layernorm.weight"

@@ -36,8 +36,8 @@ def linear_wide(layer: Any, x: mx.array) -> mx.array:
     x = x.astype(mx.float32)
     if isinstance(layer, nn.QuantizedLinear):  # promotes its scales by itself
         return layer(x)
-    y = x @ layer.weight.astype(mx.float32).T
-    return y + layer.bias.astype(mx.float32) if "bias" in layer else y
+    weight = layer.weight.astype(mx.float32).T
+    return mx.addmm(layer.bias.astype(mx.float32), x, weight) if "bias" in layer else x @ weight
 
 
 class Heads(NamedTuple):

@@ -25,7 +25,7 @@
     }
     new_k[to] = key;
     new_v[to] = value;
-    if (dim == 0 && row_head % heads == 0) {
+    if (dim == 0 && row_head == row * heads) {
         new_scores[row * E + slot] = column < 0 ? 0.0f : scores[row * n + column];
         new_position[row * E + slot] = column < 0 ? -1 : position[row * n + column];
     }

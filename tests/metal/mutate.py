@@ -43,6 +43,7 @@ CHANGES: list[tuple[str, str]] = [
     (r" & 1\b", " & 0"),
     (r" >> 16\b", " >> 15"),
     (r": -1\b", ": 0"),
+    (r"_strides\[1\]", "_strides[2]"),
 ]
 
 # (body, mutated line) -> why it computes the same.

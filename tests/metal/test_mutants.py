@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from tests.metal import mutate  # noqa: E402
+from tests.metal import mutate
 
 pytestmark = pytest.mark.usefixtures("harness")
 

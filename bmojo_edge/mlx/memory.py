@@ -206,7 +206,7 @@ def step_memories(
         sinks = _opened(sinks, x, step)
     q = rotate(x.q, at)
     memories = [slots_seen(q, window.k, window.v, step)]
-    if step.aged and f:
+    if step.aged and fading:  # () in a layer without an SSM
         q_fading = q if x.q_fading is x.q else rotate(x.q_fading, at)
         memories.append(slots_seen(q_fading, fading.k, fading.v, step, near=w))
     if step.aged and (s or score is not None):

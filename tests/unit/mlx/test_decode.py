@@ -118,9 +118,10 @@ def test_one_trace_for_each_multiple_of_live_slots(compiling: None, monkeypatch:
     monkeypatch.setattr(layout_module, "LIVE_STEP", 16)
     for kind, traces in (("bmojo", 5), ("attention", 2)):  # 64 slots and beyond; 256 and 512
         config = odd(kind, ssm=None, window=64, n_eidetic=0, n_sinks=0, chunk=16)
-        model, state = model_of(config), None
-        model.decoder.compiles, state = True, model.init_state()
-        for i in range(300):
+        model = model_of(config)
+        model.decoder.compiles = True
+        logits, state = model.decode_one_token(mx.array([0]), model.init_state())
+        for i in range(1, 300):
             logits, state = model.decode_one_token(mx.array([i % 37]), state)
             mx.eval(logits, state)
         assert model.decoder.traces == traces
@@ -154,10 +155,11 @@ def test_twenty_thousand_tokens_in_constant_memory() -> None:
         "tiny", n_layers=1, vocab_size=64, d_model=32, d_ff=32, n_heads=1, n_sinks=4, ssm={"d_state": 4, "expand": 1}
     )
     model, size, process = Model(config), config.state_bytes(), psutil.Process()
-    state, resident, moved = model.init_state(), 0, 0
+    logits, state = model.decode_one_token(mx.array([0]), model.init_state())
+    resident, moved = 0, 0
     names = ("window.k", "window.v", "window.scores", "fading.k", "fading.v", "sinks.k", "sinks.v")
     before = None
-    for i in range(20_000):
+    for i in range(1, 20_000):
         logits, state = model.decode_one_token(mx.array([i * i % 64]), state)
         mx.eval(logits, state)
         assert sum(leaf.nbytes for _, leaf in leaves(state)) == size

@@ -139,7 +139,7 @@ class Config:
     n_kv_heads: int | None = None  # n_heads
     head_dim: int | None = None  # d_model / n_heads
     window: int = 512
-    n_fading: int | None = None  # window where there is an SSM, else 0
+    n_fading: int | None = None  # of layers with an SSM: window; 0 where there is none
     n_eidetic: int = 0
     n_sinks: int = 0
     chunk: int | None = None  # min(64, window)
@@ -153,6 +153,7 @@ class Config:
     tie_embeddings: bool = False
     dtype: str = "float32"
     ssm: SSM | None = None
+    ssm_layers: tuple[int, ...] | None = None  # bmojo layers that have the SSM; None: all of them
     innovation: Innovation = dataclasses.field(default_factory=Innovation)
     experts: Experts | None = None
     quantization: Quantization | None = None
@@ -218,8 +219,25 @@ class Config:
         elif self.rope_scaling is not None:
             fail("rope_scaling", "is set but rope_theta is null (no positions to scale)")
 
+    def _check_ssm_layers(self) -> None:
+        if self.ssm_layers is None:
+            return
+        if isinstance(self.ssm_layers, str) or not isinstance(self.ssm_layers, tuple | list):
+            fail("ssm_layers", f"must be a list of bmojo layers or null, got {self.ssm_layers!r}")
+        for i in self.ssm_layers:
+            check_int("ssm_layers", i, 0)
+            if i >= len(self.layer_types) or self.layer_types[i] != "bmojo":
+                fail("ssm_layers", f"names layer {i}, which is not a bmojo layer")
+        listed = tuple(sorted({*self.ssm_layers}))
+        if listed and self.ssm is None:
+            fail("ssm_layers", "names layers but ssm is null")
+        # One spelling for one model: all bmojo layers, or no SSM at all, is what null says already.
+        every = tuple(i for i, kind in enumerate(self.layer_types) if kind == "bmojo")
+        self._set(ssm_layers=None if self.ssm is None or listed == every else listed)
+
     def _resolve_ssm(self) -> None:
         """Check `ssm` as every layer reads it; it becomes concrete itself where all layers read it as one kind."""
+        self._check_ssm_layers()
         if self.ssm is None:
             return
         kinds = {self.ssm.kind, *(kind for kind in self.layer_types if kind in SSM_KINDS)}
@@ -254,14 +272,15 @@ class Config:
         check_int("chunk", self.chunk, 1)
         if self.chunk_size > self.window:
             fail("chunk", f"must be at most window ({self.window}), got {self.chunk}")
+        why = "ssm is null" if self.ssm is None else "ssm_layers is empty" if self.ssm_layers == () else ""
         if self.n_fading is None:
-            self._set(n_fading=self.window if self.ssm else 0)
+            self._set(n_fading=0 if why else self.window)
         check_int("n_fading", self.n_fading, 0)
-        if self.ssm is None:
+        if why:
             if self.n_fading:
-                fail("n_fading", f"must be 0 where ssm is null (there is nothing to fade), got {self.n_fading}")
+                fail("n_fading", f"must be 0 where {why} (there is nothing to fade), got {self.n_fading}")
             if self.innovation.signal == "ssm_output":
-                fail("innovation.signal", "is 'ssm_output' but ssm is null; use 'input' or null")
+                fail("innovation.signal", f"is 'ssm_output' but {why}; use 'input' or null")
 
     # Concrete views of fields that may be left None when constructing.
     @property
@@ -293,6 +312,8 @@ class Config:
         kind = self.layer_types[layer]
         if kind == "attention" or self.ssm is None:
             return None
+        if kind == "bmojo" and self.ssm_layers is not None and layer not in self.ssm_layers:
+            return None
         return self._ssm_as(self.ssm.kind if kind == "bmojo" else kind)
 
     def attention_window_of(self, layer: int) -> int | None:
@@ -301,8 +322,12 @@ class Config:
         return w[layer] if isinstance(w, tuple) else w
 
     def signal_of(self, layer: int) -> str:
-        """What a bmojo layer's innovation predicts: 'ssm_output' or 'input'."""
-        return self.innovation.signal or ("ssm_output" if self.ssm_of(layer) else "input")
+        """What a bmojo layer's innovation predicts: 'ssm_output', or 'input', which it is without an SSM."""
+        return "input" if self.ssm_of(layer) is None else self.innovation.signal or "ssm_output"
+
+    def fading_of(self, layer: int) -> int:
+        """n_fading of a bmojo layer, 0 where it has no SSM to fade."""
+        return 0 if self.ssm_of(layer) is None else self.fading
 
     def experts_of(self, layer: int) -> Experts | None:
         """The mixture of experts of a layer, None where its MLP is dense."""

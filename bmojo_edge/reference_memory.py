@@ -137,7 +137,7 @@ class _Streaming:
         q_pinned = rotate(x.q[t : t + 1], np.array([w]), self.turns)[0]
         held = slot_positions(w, i)
         reads: list[tuple[Array, Any, Array]] = [(q, self.window, held >= 0)]
-        if c.fading:
+        if self.fading:  # () in a layer without an SSM
             held = slot_positions(w + c.fading, i)
             reads.append((q_fading, self.fading, (held >= 0) & (held <= i - w)))
         if c.n_sinks:

@@ -27,7 +27,7 @@ def _layer_case(config: Config, layer: int) -> str:
     if kind != "bmojo":
         return _SSM_NAMES[kind]
     extras = ["sinks"] if config.n_sinks else []
-    if config.ssm is None or (not config.fading and not config.n_eidetic):  # then nothing reads the SSM
+    if config.ssm_of(layer) is None or (not config.fading and not config.n_eidetic):  # then nothing reads the SSM
         name = "sliding-window Transformer"
         extras += ["eidetic memory"] if config.n_eidetic else []
     elif not config.n_eidetic:

@@ -139,7 +139,7 @@ def _layer_spec(config: Config, layer: int, batch: int, tokens: int) -> Any:
     if kind != "bmojo":
         assert ssm is not None
         return _ssm_spec(ssm, config, batch)
-    w, f, e, s = config.window, config.fading, config.n_eidetic, config.n_sinks
+    w, f, e, s = config.window, config.fading_of(layer), config.n_eidetic, config.n_sinks
     history = Leaf((batch, config.innovation.taps, config.d_model), "float32")
     return BMojoState(
         window=WindowState(slots(w), slots(w), Leaf((batch, w), "float32") if e else ()),

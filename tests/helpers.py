@@ -70,6 +70,9 @@ GRID: dict[str, Config] = {
     "attention, window of 5": odd("attention", "attention", ssm=None, attention_window=5, rope_theta=None),
     "mamba": odd("mamba", "mamba", rope_theta=None),
     "mixed": odd("bmojo", "attention", "mamba", "attention", attention_window=(None, 5, None, None)),
+    "an ssm in one layer": odd("bmojo", "bmojo", "mamba", ssm_layers=(1,)),
+    "an ssm in one layer, untied": odd("bmojo", "bmojo", ssm_layers=(0,), tie_kv=False, n_eidetic=0),
+    "an ssm beside the memories": odd("mamba", "bmojo", ssm_layers=(), n_fading=0),
     "experts": odd("mamba", "bmojo", experts={"n": 4, "per_token": 2, "layers": [1]}),
 }
 

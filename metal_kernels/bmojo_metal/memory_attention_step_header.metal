@@ -55,7 +55,7 @@ inline void bmojo_step_key(thread bmojo_step_rows<HEADS, W>& rows, K k, K v, int
 template <int HEAD_DIM, int HEADS, int W, typename K>
 inline void bmojo_step_ring(
     thread bmojo_step_rows<HEADS, W>& rows, K k, K v, long first, int ring, int from, int to, int group, int lane) {
-    const int base = int(first % long(ring));
+    const int base = int(first % ring);
     for (int at = from + group * 4; at < to; at += 32) {
         const int mine = at + lane / 8;
         int slot = base + mine;

@@ -106,7 +106,7 @@ def step_cases() -> list[Case]:
         step(positions=(90,), heads=(8, 1), p=12, window=33, fading=31, sinks=0, eidetic=0, sizes=SPLIT),
         step(positions=(5,), heads=(2, 1), p=4, window=5, fading=2, sinks=1, eidetic=5),
         step(positions=(2**33 + 7,), window=5, eidetic=0),
-        step("bfloat16", positions=(300,), heads=(4, 1), p=128, window=64, fading=32, sinks=4, eidetic=16),
+        step("bfloat16", positions=(300,), heads=(4, 1), p=128, window=64, fading=32, sinks=4, eidetic=40),
     ]
 
 
@@ -185,6 +185,7 @@ def prefill_cases() -> list[Case]:
         prefill(start=(2,), t=1, heads=(1, 1), p=2, window=1, fading=1, sinks=2, eidetic=0, chunk=1),
         prefill(start=(0,), t=3, heads=(1, 1), p=3, window=1, fading=0, sinks=1, eidetic=0, chunk=1),
         prefill(start=(0, 5, 40), t=33, heads=(3, 3), p=5, window=4, fading=0, sinks=0, eidetic=40, chunk=64),
+        prefill(start=(0,), t=8, window=7, fading=0, sinks=1, eidetic=0),  # only the last token sees the sink
         prefill(start=(40,), t=64, heads=(1, 1), p=8, window=40, fading=0, sinks=3, eidetic=0),
         prefill(start=(2**33 + 5,), t=9, p=8, window=5, fading=3, sinks=1, eidetic=0),
         prefill(start=(30, 31), t=21, p=72, window=6, fading=30, sinks=0, eidetic=0),

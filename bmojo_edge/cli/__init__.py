@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, generate, info
+from bmojo_edge.cli import chat, convert, doctor, generate, info
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -22,6 +22,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

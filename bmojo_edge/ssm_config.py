@@ -120,6 +120,11 @@ def fields_of(kind: str) -> frozenset[str]:
     return frozenset(_DEFAULTS[kind])
 
 
+def default_of(kind: str, name: str) -> Any:
+    """What a kind takes for a field left out; None where it follows from other sizes."""
+    return _DEFAULTS[kind][name]
+
+
 @functools.lru_cache(maxsize=1024)
 def resolve(ssm: SSM, kind: str, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int) -> SSM:
     """`ssm` as a layer of `kind` reads it: every field of the kind concrete, the fields of other kinds left alone.

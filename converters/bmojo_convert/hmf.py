@@ -14,7 +14,7 @@ from bmojo_convert.fields import Content, refuse_activation, require_integers
 from bmojo_convert.names import HMF, ConvertError, Table
 from bmojo_convert.rope import from_huggingface
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.ssm_config import fields_of, resolve
+from bmojo_edge.ssm_config import default_of, fields_of, resolve
 
 _LAYERS = {"*": "attention", "SWA": "attention", "BMF": "bmojo", "M2": "mamba2", "GDN": "gdn", "GKA": "gka"}
 _TRAINING = ("*DA", "BMF*", "M2*", "GDN*", "GKA*", "SWA*", "GDN>GKA")
@@ -165,16 +165,14 @@ def _ssm(content: Content, config: Mapping[str, Any], kinds: tuple[str, ...], wh
     given = {kind: _options(content, kind, (n_heads, n_kv_heads, head_dim), where) for kind in kinds}
     sizes = (d_model, n_heads, n_kv_heads, head_dim)
     concrete = {kind: resolve(SSM(kind=kind, **given[kind]), kind, *sizes) for kind in kinds}
-    usual = {kind: resolve(SSM(kind=kind), kind, *sizes) for kind in kinds}
     table: dict[str, Any] = {"kind": kinds[0]}
     for name in dict.fromkeys(name for options in given.values() for name in options):
         values = {kind: getattr(concrete[kind], name) for kind in kinds if name in fields_of(kind)}
-        if all(getattr(usual[kind], name) == value for kind, value in values.items()):
-            continue
-        if len(set(values.values())) > 1:
+        if len(set(values.values())) == 1:
+            table[name] = values[next(iter(values))]
+        elif any(value != default_of(kind, name) for kind, value in values.items()):
             said = ", ".join(f"{value!r} in {kind}" for kind, value in values.items())
             raise ConvertError(f"{where}: {name} differs ({said}); mixers of one model must share it here")
-        table[name] = next(iter(values.values()))
     return table
 
 

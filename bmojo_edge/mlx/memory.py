@@ -190,16 +190,18 @@ def promote(config: Config, state: BMojoState, position: mx.array, offset: mx.ar
 
 
 def step_memories(
-    config: Config, x: Projected, score: mx.array | None, state: BMojoState, step: Step
+    config: Config, x: Projected, scores: mx.array | None, state: BMojoState, step: Step
 ) -> tuple[mx.array, BMojoState]:
-    """One token against all memories: (b, h, 1, p), and the state without history and ssm; score (b,)."""
+    """One token against all memories: (b, h, 1, p), and the state without history and ssm.
+
+    scores (b, w): the ring of scores with the token's in it, None without eidetic memory.
+    """
     w, f, s, at = config.window, config.fading, config.n_sinks, step.rotary
-    fading, sinks, eidetic, scores = state.fading, state.sinks, state.eidetic, ()
-    if score is not None:
-        if step.promotes is not None:
-            eidetic = promote(config, state, step.position, step.offset, step.promotes)
-        scores = put(state.window.scores[:, None, :, None], score[:, None, None, None], step)[:, 0, :, 0]
-    window = WindowState(put(state.window.k, rotate(x.k, at), step), put(state.window.v, x.v, step), scores)
+    fading, sinks, eidetic = state.fading, state.sinks, state.eidetic
+    if scores is not None and step.promotes is not None:  # before the token takes the place of one that leaves
+        eidetic = promote(config, state, step.position, step.offset, step.promotes)
+    k, v = put(state.window.k, rotate(x.k, at), step), put(state.window.v, x.v, step)
+    window = WindowState(k, v, () if scores is None else scores)
     if f and x.k_fading is not None and x.v_fading is not None:
         fading = FadingState(put(state.fading.k, rotate(x.k_fading, at), step), put(state.fading.v, x.v_fading, step))
     if s and step.opening:
@@ -209,11 +211,11 @@ def step_memories(
     if step.aged and fading:  # () in a layer without an SSM
         q_fading = q if x.q_fading is x.q else rotate(x.q_fading, at)
         memories.append(slots_seen(q_fading, fading.k, fading.v, step, near=w))
-    if step.aged and (s or score is not None):
+    if step.aged and (s or scores is not None):
         q = pinned_query(config, x.q)
         if s:
             memories.append(Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s)))
-        if score is not None:
+        if scores is not None:
             memories.append(Slots(q, eidetic.k, eidetic.v, w, eidetic.positions))
     o = memory_attention_step(memories, step.position, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)

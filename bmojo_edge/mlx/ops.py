@@ -23,6 +23,7 @@ from bmojo_metal import Queries as Queries
 from bmojo_metal import Ring as Ring
 from bmojo_metal import Slots as Slots
 from bmojo_metal import innovation_scores as innovation_scores
+from bmojo_metal import innovation_step as innovation_step
 from bmojo_metal import memory_attention as memory_attention
 from bmojo_metal import memory_attention_step as memory_attention_step
 from bmojo_metal import promote as promote

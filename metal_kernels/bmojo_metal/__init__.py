@@ -9,7 +9,7 @@ from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
 from bmojo_metal.launch import kernels_available, use_kernels
 from bmojo_metal.scan import selective_scan, selective_scan_step
-from bmojo_metal.selection import Eidetic, Ring, innovation_scores, promote, select_eidetic
+from bmojo_metal.selection import Eidetic, Ring, innovation_scores, innovation_step, promote, select_eidetic
 
 __all__ = [
     "Band",
@@ -19,6 +19,7 @@ __all__ = [
     "Ring",
     "Slots",
     "innovation_scores",
+    "innovation_step",
     "kernels_available",
     "memory_attention",
     "memory_attention_step",

@@ -22,6 +22,9 @@ from bmojo_metal.launch import (
 )
 
 _INNOVATION = Kernel("innovation", ("signal", "past", "coefficients", "lengths"), ("scores", "last"))
+_INNOVATION_STEP = Kernel(
+    "innovation_step", ("signal", "past", "ring", "position", "active", "coefficients"), ("new_ring", "last")
+)
 _SELECT = Kernel("select", ("scores", "position", "limits", "first", "e"), ("index",))
 _SLOTS = Kernel(
     "eidetic_slots",
@@ -95,6 +98,60 @@ def _innovation_reference(
     index = lengths[:, None] + mx.arange(taps)
     last = mx.take_along_axis(padded, index[..., None], axis=1)
     return mx.where(mx.arange(t) < lengths[:, None], score, 0.0), last
+
+
+def innovation_step(
+    signal: mx.array,
+    past: mx.array,
+    ring: mx.array,
+    position: mx.array,
+    coefficients: Sequence[float],
+    error: str,
+    active: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """One token of `innovation_scores`, signal (b, d): the ring of scores with the token's in it, and the new past.
+
+    ring (b, w) float32: slot = position mod w; position (b,) int64; active (b,) bool, not all
+    false: rows that rest keep both.
+    """
+    taps = len(coefficients)
+    if error not in ("relative", "l2"):
+        raise ValueError(f"innovation_step: error must be 'relative' or 'l2', got {error!r}")
+    if signal.ndim != 2 or 0 in signal.shape or ring.ndim != 2:
+        raise ValueError(f"innovation_step: signal must be (b, d) and ring (b, w), got {signal.shape} and {ring.shape}")
+    b, d = signal.shape
+    require_shapes(
+        "innovation_step", past=(past, (b, taps, d)), ring=(ring, (b, ring.shape[1])), position=(position, (b,))
+    )
+    require_dtypes("innovation_step", (mx.float32,), signal=signal, past=past, ring=ring)
+    if active is not None:
+        require_shapes("innovation_step", active=(active, (b,)))
+    given, relative = tuple(float(c) for c in coefficients), error == "relative"
+    if kernels_available() and taps:
+        new, last = _INNOVATION_STEP(
+            [
+                signal,
+                past,
+                ring,
+                position,
+                mx.array([True] * b) if active is None else active,
+                mx.array(given, mx.float32),
+            ],
+            [(ring.shape, mx.float32), (past.shape, mx.float32)],
+            grid=(SIMD, b, 1),
+            threadgroup=(SIMD, 1, 1),
+            template=[("TAPS", taps), ("RELATIVE", relative)],
+        )
+        return new, last
+    lengths = None if active is None else active.astype(mx.int32)
+    score, last = _innovation_reference(given, relative, lengths, signal[:, None], past)
+    slot = position[:, None] % ring.shape[1]
+    if active is None:
+        return mx.put_along_axis(ring, slot, score, axis=1), last
+    # Rows that rest write again what an active one writes: the ring, read by nothing else, is then changed in place.
+    rows = mx.where(active, mx.arange(b), mx.argmax(active))
+    place = rows[:, None] * ring.shape[1] + mx.take(slot, rows, axis=0)
+    return mx.put_along_axis(ring.reshape(-1, 1), place, mx.take(score, rows, axis=0), axis=0).reshape(ring.shape), last
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

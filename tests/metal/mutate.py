@@ -51,6 +51,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("scan", "constexpr int STATES = (N + LANES) / LANES;"): "lanes have room for states that are masked",
     ("scan", "s[j] = n < N ? starts[at] : 1.0f;"): "C is 0 where there is no state",
     ("scan", "a[j] = n < N ? -metal::exp(float(A_log[channel * N + n])) : 1.0f;"): "s stays 0 where there is no state",
+    ("scan", "const float b = n < N ? float(B[b_at + n * B_strides[2]]) : 1.0f;"): "C is 0 where there is no state",
+    ("scan", "const float c = n < N ? float(C[c_at + n * C_strides[2]]) : 1.0f;"): "s is 0 where there is no state",
+    ("scan_ends", "const float b = n <= N ? float(B[b_at + n * B_strides[2]]) : 0.0f;"): "no such state is written",
     ("scan_ends", "constexpr int STATES = (N + LANES) / LANES;"): "lanes have room for states that are masked",
     ("scan_ends", "a[j] = n < N ? -metal::exp(float(A_log[channel * N + n])) : 1.0f;"): "no such state is written",
     ("scan_ends", "const float b = n < N ? float(B[b_at + n * B_strides[2]]) : 1.0f;"): "no such state is written",
@@ -60,6 +63,81 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "select",
         "for (int block = 0, turn = 0; block <= n; block += GROUPS * 32, turn ^= 1) {",
     ): "a block without columns changes nothing",
+    (
+        "memory_attention_step",
+        "const int count0 = now + 1 <= long(slots0) ? int(now + 1) : slots0;",
+    ): "equal at the edge",
+    ("memory_attention_step", "const int count0 = now < long(slots0) ? int(now + 1) : slots0;"): "equal at the edge",
+    (
+        "memory_attention_step",
+        "const int count1 = !RING1 || aged <= 0 ? 0 : aged <= long(room1) ? int(aged) : room1;",
+    ): "equal at the edge",
+    (
+        "memory_attention_step",
+        "const int count1 = !RING1 || aged < 0 ? 0 : aged < long(room1) ? int(aged) : room1;",
+    ): "equal at the edge",
+    ("memory_attention_step", "const int room1 = slots1 >= near1 ? slots1 - near1 : 0;"): "equal at the edge",
+    (
+        "memory_attention_step",
+        "const int count2 = PINNED2 || now >= long(near2) ? int(k2_shape[2]) : 0;",
+    ): "shares are less equal; slots that are too young are passed over one by one",
+    (
+        "memory_attention_step",
+        "const int count3 = PINNED3 || now >= long(near3) ? int(k3_shape[2]) : 0;",
+    ): "shares are less equal; slots that are too young are passed over one by one",
+    ("memory_attention_step_header", "for (int at = from + group * 4; at <= to; at += 32) {"): "a round without keys",
+    (
+        "memory_attention_step_header",
+        "rows.q[h][j] = d < HEAD_DIM ? float(q[h * HEAD_DIM + d]) * scale : 1.0f;",
+    ): "keys are 0 past the head",
+    ("memory_attention_step_header", "key[j] = inside ? float(k[slot * HEAD_DIM + d]) : 1.0f;"): "queries are 0 there",
+    ("memory_attention_step_header", "value[j] = inside ? float(v[slot * HEAD_DIM + d]) : 1.0f;"): "never written",
+    ("memory_attention_step_header", "float score = 1.0f;"): "all scores are 8 larger: the same softmax",
+    (
+        "memory_attention_header",
+        "const int written = start <= long(carried) ? carried - int(start) : 0;  // the row's position 0",
+    ): "equal at the edge",
+    ("memory_attention_header", "for (int tile = oldest; tile <= end; tile += KEYS) {"): "a tile without keys",
+    ("memory_attention_header", "for (int tile = 0; tile <= count; tile += KEYS) {"): "a tile without keys",
+    ("memory_attention_header", "const bool there = at.index <= KEYS && column < end;"): "no key is numbered KEYS",
+    ("memory_attention_header", "if (at.index <= KEYS && entry < count) {"): "no key is numbered KEYS",
+    (
+        "memory_attention_header",
+        "if (metal::simd_any(age + at.group * 8 + 7 >= near && age + at.group * 8 <= far)) {",
+    ): "one more tile is multiplied, and masked",
+    (
+        "memory_attention_header",
+        "if (metal::simd_any(age + at.group * 8 + 7 >= near || age + at.group * 8 < far)) {",
+    ): "more tiles are multiplied, and masked",
+    ("memory_attention_header", "if (!metal::simd_any(age + tokens >= near)) {"): "one more tile is read, and masked",
+    (
+        "memory_attention_header",
+        "if (metal::simd_any(reads) || metal::simd_any(age + at.group * 8 + 7 >= near)) {",
+    ): "more tiles are multiplied, and masked",
+    (
+        "memory_attention_header",
+        "const int oldest = metal::max(carried + first - far, written);",
+    ): "one more column is read, and masked",
+    (
+        "memory_attention_header",
+        "rows.q[i].thread_elements()[e] = inside ? float(q[query * HEAD_DIM + d]) * scale : 1.0f;",
+    ): "keys are 0 past the head, and queries past the last are not written",
+    (
+        "memory_attention_header",
+        "bmojo_load_tile<HEAD_DIM, KEYS, STRIDE>(k_tile, v_tile, k, v, there ? column : 0, at);",
+    ): "what is read instead of nothing is masked",
+    (
+        "memory_attention_header",
+        "bmojo_load_tile<HEAD_DIM, KEYS, STRIDE>(k_tile, v_tile, k, v, position >= 0 ? column : 0, at);",
+    ): "what is read instead of nothing is masked",
+    ("memory_attention_step", "rows.l[h] = 1.0f;"): "the first key takes all of it away: exp(-inf) is 0",
+    ("memory_attention_step", "rows.o[h][j] = 1.0f;"): "the first key takes all of it away: exp(-inf) is 0",
+    ("memory_attention", "rows.l = 1.0f;"): "the first tile takes all of it away: exp(-inf) is 0",
+    ("memory_attention", "for (int i = 0; i <= BLOCKS; ++i) {"): "past the head nothing is written",
+    ("memory_attention", "constexpr int KEYS = BLOCKS < 8 ? 32 : BLOCKS <= 16 ? 16 : 8;"): "smaller tiles do the same",
+    ("memory_attention", "constexpr int KEYS = BLOCKS <= 8 ? 32 : BLOCKS < 16 ? 16 : 8;"): "smaller tiles do the same",
+    ("memory_attention", "const float factor = rows.l >= 0.0f ? 1.0f / rows.l : 0.0f;"): "0 past the last query only",
+    ("memory_attention", "const float factor = rows.l > 0.0f ? 1.0f / rows.l : 1.0f;"): "0 past the last query only",
 }
 
 

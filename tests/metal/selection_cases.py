@@ -9,7 +9,7 @@ import numpy as np
 
 from bmojo_edge.config import Innovation
 from bmojo_edge.reference_memory import innovations, rotate, top_positions
-from bmojo_metal import innovation_scores, promote, select_eidetic
+from bmojo_metal import innovation_scores, innovation_step, promote, select_eidetic
 from bmojo_metal.selection import Eidetic, Ring
 from tests.metal.case import BOUNDS, DTYPES, Case, rounded, to_mlx
 
@@ -33,6 +33,28 @@ def innovation(
 
     name = f"innovation {b} x {t} x {d}, {taps} taps, {error}, lengths {lengths}"
     return Case(name, ("innovation",), call, [scores, last], [BOUNDS["float32"], 0.0])
+
+
+def innovation_one(
+    b: int = 3, d: int = 37, taps: int = 3, w: int = 5, error: str = "relative", active: list[bool] | None = None
+) -> Case:
+    rng = np.random.default_rng(d * w)
+    shapes = ((b, d), (b, taps, d), (b, w))
+    signal, past, ring = (rounded(rng.standard_normal(shape), "float32") for shape in shapes)
+    position, rule = np.arange(b) * 4 + w - 1, Innovation(error=error, taps=taps)
+    scores, last = ring.copy(), past.copy()
+    for row in range(b):
+        if active is None or active[row]:
+            scores[row, position[row] % w] = innovations(signal[row : row + 1], past[row], rule)[0]
+            last[row] = np.concatenate([past[row, 1:], signal[row : row + 1]])
+
+    def call() -> Sequence[mx.array]:
+        moves = None if active is None else mx.array(active)
+        arrays = to_mlx(signal), to_mlx(past), to_mlx(ring)
+        return innovation_step(*arrays, mx.array(position), rule.coefficients(), error, moves)
+
+    name = f"innovation step {b} x {d}, {taps} taps, ring of {w}, {error}, active {active}"
+    return Case(name, ("innovation_step",), call, [scores, last], [BOUNDS["float32"], 0.0])
 
 
 def select(
@@ -128,13 +150,16 @@ def cases() -> list[Case]:
         innovation(b=3, t=2, taps=4, error="l2", lengths=[2, 1, 0]),
         innovation(b=1, t=1, d=1, taps=1),
         innovation(b=2, t=7, d=96, taps=2, lengths=[7, 3]),
+        innovation_one(),
+        innovation_one(d=70, taps=1, w=40, error="l2", active=[True, False, True]),
+        innovation_one(b=1, d=1, taps=2, w=1),
         select(),
         select(b=1, n=1, c=1, e=1, first=0),
         select(b=1, n=4, c=1, e=6, first=0),
         select(b=2, n=300, c=2, e=17, levels=2),
         select(b=1, n=290, c=2, e=40, levels=1000),
         select(b=1, n=33, c=4, e=33, levels=1),
-        select(b=1, n=40, c=1, e=6, levels=9, fine=True),
+        select(n=60, c=6, e=6, levels=4, fine=True),
         select(b=1, n=20, c=1, e=70),
         *(slots(dtype) for dtype in DTYPES),
         slots(position=[6, 30, 9], rows=[True, False, True]),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("harness")
 
 BOUND = {"float32": 5e-6, "float16": 2e-2, "bfloat16": 1e-1}
 # What a bmojo layer around Mamba runs, in a call of many tokens and in decoding.
-BODIES = {"conv", "scan", "innovation", "select", "eidetic_slots"}
+BODIES = {"conv", "scan", "innovation", "innovation_step", "select", "eidetic_slots"}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from bmojo_edge.mlx.layers import Projections, linear, merge_heads
 from bmojo_edge.mlx.layout import Layout, Step
 from bmojo_edge.mlx.memory import Projected, read_memories, step_memories
 from bmojo_edge.mlx.mixers.ssm import ssm_mixer
-from bmojo_edge.mlx.ops import innovation_scores
+from bmojo_edge.mlx.ops import innovation_scores, innovation_step
 from bmojo_edge.state import BMojoState
 
 
@@ -71,12 +71,14 @@ class BMojo(Projections):
     def step(self, u: mx.array, state: BMojoState, step: Step) -> tuple[mx.array, BMojoState]:
         """One token: u (b, d)."""
         signal, u = u, u.astype(self.kind)
-        y, ssm, score, history = None, (), None, ()
+        y, ssm, scores, history = None, (), None, ()
         if "ssm" in self:
             y, ssm = self.ssm.step(u, state.ssm, step, wide=self.reads_ssm)
             signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
         if self.remembers:
-            scores, history = self._scores(signal[:, None], state.history, step.lengths)
-            score = scores[:, 0]
-        o, state = step_memories(self.config, self._project(u, y), score, state, step)
+            rule, ring = self.config.innovation, state.window.scores
+            scores, history = innovation_step(
+                signal, state.history, ring, step.position, rule.coefficients(), rule.error, step.active
+            )
+        o, state = step_memories(self.config, self._project(u, y), scores, state, step)
         return self.o_proj(o.reshape(len(u), -1)), state._replace(history=history, ssm=ssm)

@@ -69,7 +69,7 @@ class Decoder:
         if key not in self._steps:
             if len(self._steps) >= TRACES:
                 self._steps.pop(next(iter(self._steps)))
-            self._steps[key] = mx.compile(function, inputs=[dict(self.model)])
+            self._steps[key] = mx.compile(function, inputs=[self.model])
         return self._steps[key]
 
     def _promote(self, layers: list[Any], state: State, due: mx.array) -> None:

@@ -21,7 +21,7 @@
     bmojo_rows<BLOCKS> rows;
     rows.m = -INFINITY;
     rows.l = 0.0f;
-    for (int i = 0; i < BLOCKS; ++i) {
+    for (int i = BLOCKS; i-- > 0;) {
         rows.o[i] = metal::make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     {

@@ -138,6 +138,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("memory_attention", "constexpr int KEYS = BLOCKS <= 8 ? 32 : BLOCKS < 16 ? 16 : 8;"): "smaller tiles do the same",
     ("memory_attention", "const float factor = rows.l >= 0.0f ? 1.0f / rows.l : 0.0f;"): "0 past the last query only",
     ("memory_attention", "const float factor = rows.l > 0.0f ? 1.0f / rows.l : 1.0f;"): "0 past the last query only",
+    (
+        "memory_attention",
+        "const int mine = query < tokens ? int(chunk[row * tokens + query]) : 0;",
+    ): "queries past the last are not written",
 }
 
 

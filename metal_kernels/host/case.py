@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .cupy_runner import run_on_gpu
 from .kernel import HostKernel, Run
 
 
@@ -28,6 +29,10 @@ class Case:
 
     def run(self, run: Run) -> list[np.ndarray]:
         return self.kernel(**self.call, run=run)
+
+    def run_on_gpu(self) -> list[np.ndarray]:
+        """The same on an NVIDIA GPU, see run_on_gpu.py."""
+        return run_on_gpu(self.kernel, **self.call)
 
     def errors(self, outputs: Sequence[np.ndarray]) -> list[float]:
         """The RMS-error ratio of each output; for integers the share of elements that differ."""

@@ -3,7 +3,16 @@
 Knows nothing of models, checkpoints or the rest of bmojo-edge; imports PyTorch and Triton and nothing of ours.
 """
 
+from bmojo_cuda.attention import memory_attention
+from bmojo_cuda.attention_reference import memory_attention_reference
 from bmojo_cuda.conv import causal_conv, causal_conv_reference
 from bmojo_cuda.scan import selective_scan, selective_scan_reference
 
-__all__ = ["causal_conv", "causal_conv_reference", "selective_scan", "selective_scan_reference"]
+__all__ = [
+    "causal_conv",
+    "causal_conv_reference",
+    "memory_attention",
+    "memory_attention_reference",
+    "selective_scan",
+    "selective_scan_reference",
+]

@@ -8,9 +8,6 @@ is never remembered).
 
 # Triton's language, not Python's: static loops need no variable, constant conditions stand alone.
 # ruff: noqa: B007
-# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportReturnType=false
 
 import triton
 import triton.language as tl
@@ -47,7 +44,7 @@ def _history(
         forget = 0.0
         real = 1.0
         if RESETS:
-            forget, real = _pair(MARKS + b * L + tl.maximum(at, 0))
+            forget, real = _pair(tl.load(MARKS + b * L + tl.maximum(at, 0)))
         _, window = _push(window, x, forget, real, TAPS, RESETS)
     return window
 
@@ -78,7 +75,7 @@ def conv_forward(
             forget = 0.0
             real = 1.0
             if RESETS:
-                forget, real = _pair(MARKS + b * L + tl.minimum(at, L - 1))
+                forget, real = _pair(tl.load(MARKS + b * L + tl.minimum(at, L - 1)))
             seen, window = _push(window, xs[u], forget, real, TAPS, RESETS)
             y = tl.zeros([BD], tl.float32) + bias
             for j in tl.static_range(TAPS):
@@ -131,7 +128,7 @@ def conv_backward(
             forget = 0.0
             real = 1.0
             if RESETS:
-                forget, real = _pair(MARKS + b * L + tl.minimum(at, L - 1))
+                forget, real = _pair(tl.load(MARKS + b * L + tl.minimum(at, L - 1)))
             seen, window = _push(window, xs[u], forget, real, TAPS, RESETS)
             y = tl.zeros([BD], tl.float32) + bias
             for j in tl.static_range(TAPS):

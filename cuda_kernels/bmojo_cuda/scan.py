@@ -6,6 +6,7 @@ state carried in and out, both with gradients, and documents that start afresh. 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -123,11 +124,12 @@ def _check(
 
 
 class Plan(NamedTuple):
-    """How one kernel is cut: channels a program, tokens a block, warps."""
+    """How one kernel is cut: channels a program, tokens a block, warps, states whose sums over channels go together."""
 
     channels: int
     tokens: int
     warps: int = 1
+    states: int = 2
 
 
 FORWARD = Plan(64, 4)
@@ -148,12 +150,13 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _interleaved(B: Tensor, C: Tensor, segments: int) -> Tensor:
-    """B and C as one int64 a (token, state), rows padded to whole segments: (b, segments * SEGMENT, n)."""
+    """B and C as one int64 a (token, state), rows padded to whole segments, and one more at the end."""
     b, l, n = B.shape
-    both = B.new_zeros(b, segments * SEGMENT, n, 2, dtype=torch.float32)
+    flat = B.new_zeros(b * segments * SEGMENT + 1, n, 2, dtype=torch.float32)
+    both = flat[:-1].view(b, segments * SEGMENT, n, 2)
     both[:, :l, :, 0] = B
     both[:, :l, :, 1] = C
-    return both.view(torch.int64)[..., 0]
+    return flat.view(torch.int64)[..., 0]
 
 
 class _Setting(NamedTuple):
@@ -274,33 +277,33 @@ def backward(
     wide = {"dtype": torch.float32, "device": x.device}
     bias = at.A if dt_bias is None else dt_bias.float().contiguous()
     gate = x if z is None else z
+    skip = at.A if D is None else D.float().contiguous()
+    dx, ddt = (torch.empty(b, l, d, dtype=t.dtype, device=x.device) for t in (x, dt))
+    dz = None if z is None else torch.empty(b, l, d, dtype=z.dtype, device=x.device)
     unit = gradients.tokens
     blocks = torch.empty(b, segments, SEGMENT // unit, n, d, **wide)
     carry, sums = torch.empty(b, segments, n, d, **wide), torch.empty(b, segments, d, **wide)
     launch(
         kernels.segment_adjoints, (-(-d // adjoints.channels), segments, b),
-        x, dt, gate, dy, at.BC, at.marks, at.A, bias, saved, blocks, carry, sums, l, d, *at.strides,
-        N=n, U=adjoints.tokens, UB=unit, BD=adjoints.channels, SEGMENT=SEGMENT, **at.flags,
-        num_warps=adjoints.warps, num_stages=1,
+        x, dt, gate, dy, at.BC, at.marks, at.A, skip, bias, saved, blocks, carry, sums, dx if dz is None else dz, l, d,
+        *at.strides, N=n, U=adjoints.tokens, UB=unit, BD=adjoints.channels, SEGMENT=SEGMENT, HAS_SKIP=D is not None,
+        **at.flags, num_warps=adjoints.warps, num_stages=1,
     )  # fmt: skip
     dfirst = torch.empty(b, n, d, **wide)
     launch(
         kernels.pass_adjoints, (-(-d // 256), n, b),
         at.A, sums, at.forget(segments, SEGMENT), at.A if dlast is None else dlast.float().transpose(1, 2).contiguous(),
-        carry, dfirst, segments, d, BD=256, HAS_LAST=dlast is not None, RESETS=marks is not None, num_warps=4,
+        carry, dfirst, segments, d, BD=256, U=8, HAS_LAST=dlast is not None, RESETS=marks is not None, num_warps=4,
     )  # fmt: skip
     parts = -(-d // gradients.channels)
-    dx, ddt = (torch.empty(b, l, d, dtype=t.dtype, device=x.device) for t in (x, dt))
-    dz = None if z is None else torch.empty(b, l, d, dtype=z.dtype, device=x.device)
     dBC = torch.empty(parts, b, segments, SEGMENT // unit, n, 2, unit, **wide)
     dA = torch.empty(b, segments, n, d, **wide)
     dskip, dbias = (torch.empty(b, segments, d, **wide) for _ in range(2))
     launch(
         kernels.segment_gradients, (parts, segments, b),
-        x, dt, gate, dy, at.BC, at.marks, at.A, at.A if D is None else D.float().contiguous(), bias, blocks, carry,
-        dx, ddt, dx if dz is None else dz, dBC, dA, dskip, dbias, l, d, *at.strides,
-        N=n, NU=2 if n % 2 == 0 else 1, U=unit, BD=gradients.channels, SEGMENT=SEGMENT, HAS_SKIP=D is not None,
-        EXACT=x.dtype == torch.float32, **at.flags, num_warps=gradients.warps, num_stages=1,
+        x, dt, gate, dy, at.BC, at.marks, at.A, skip, bias, blocks, carry, dx, ddt, dBC, dA, dskip, dbias, l, d,
+        *at.strides, N=n, NU=math.gcd(n, gradients.states), U=unit, BD=gradients.channels, SEGMENT=SEGMENT,
+        HAS_SKIP=D is not None, EXACT=x.dtype == torch.float32, **at.flags, num_warps=gradients.warps, num_stages=1,
     )  # fmt: skip
     dB, dC = dBC.sum(0).permute(4, 0, 1, 2, 5, 3).reshape(2, b, -1, n)[:, :, :l]
     return Gradients(

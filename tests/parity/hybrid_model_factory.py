@@ -180,7 +180,7 @@ def _conv(x: Array, w: Array, bias: Array | float = 0.0) -> Array:
     """y_t = SiLU(sum_j w_j x_(t - taps + 1 + j) + bias), x (t, c), w (c, 1, taps)."""
     t, taps = len(x), w.shape[-1]
     padded = np.concatenate([np.zeros((taps - 1, x.shape[1])), x])
-    return _silu(sum(padded[j : j + t] * w[:, 0, j] for j in range(taps)) + bias)
+    return _silu(np.sum([padded[j : j + t] * w[:, 0, j] for j in range(taps)], axis=0) + bias)
 
 
 def _rope(x: Array, theta: float) -> Array:

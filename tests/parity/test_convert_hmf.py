@@ -135,6 +135,25 @@ def test_every_tensor_arrives(name: str, tmp_path: Path) -> None:
         assert not unread
 
 
+def test_windowed(tmp_path: Path) -> None:
+    """Full attention with a window of B'MOJO-F's own size and no sinks is the symbol SWA; with sinks it has them."""
+    c, ids = factory.config("*-BMF-*"), np.random.default_rng(5).integers(0, factory.V, 67)
+    weights = factory.tensors(c)
+    source = factory.save(tmp_path / "source", c, weights)
+    sliding = {name.replace(".self_attn.", ".swa."): w for name, w in weights.items()}
+    ref = factory.logits(factory.config("SWA-BMF-SWA"), sliding, ids)[None]
+    out = convert(source, tmp_path / "out", window=factory.W, sinks=0, dtype="float32")
+    for engine in engines.NAMES:
+        with engines.opened(engine, out) as forward:
+            got = engines.in_pieces(forward, ids[None], [13, 1, 30])
+            assert golden.rms_ratio(got, ref) < ROUNDING[engine], engine
+    config, _ = checkpoint.read(convert(source, tmp_path / "sinks", window=factory.W))
+    assert (config.layer_types, config.ssm_layers, config.n_sinks) == (("bmojo",) * 3, (1,), 4)
+    assert special_case(config) == (
+        "hybrid of 2 sliding-window Transformer with sinks layers, 1 B'MOJO-F with sinks layer"
+    )
+
+
 def test_what_it_says_that_it_is(tmp_path: Path) -> None:
     c = factory.config("*-BMF-SWA-M2-BMF")
     config, _ = checkpoint.read(
@@ -203,11 +222,12 @@ def test_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
 
 def test_tables_that_conflict(tmp_path: Path) -> None:
     """gdn and gka share one table here: an option that differs is refused by name, two defaults may differ."""
-    for given, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"gdn_config": {"conv_size": 3}}, "d_conv differs .3 in gdn, 4 in gka"),
         ({"gka_config": {"norm_eps": 1e-4}}, "norm_eps differs"),
         ({"gka_config": {"use_gate": False}, "gdn_config": {"use_gate": True}}, "use_gate differs"),
-    ):
+    )
+    for given, message in cases:
         c = factory.config("GDN-GKA", **given)
         source = factory.save(tmp_path / message[:4], c, factory.tensors(c))
         with pytest.raises(checkpoint.CheckpointError, match=message):

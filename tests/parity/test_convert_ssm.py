@@ -66,6 +66,22 @@ def test_logits(case: str, tmp_path: Path) -> None:
                 assert golden.rms_ratio(got, refs[65]) < ROUNDING, (engine, pieces)
 
 
+def test_windowed(tmp_path: Path) -> None:
+    """A window that holds the whole text changes nothing; a shorter one bounds the memory."""
+    model = foreign.model("jamba", **MOE)
+    source = foreign.save(model, tmp_path / "source")
+    out = convert(source, tmp_path / "long", window=80, eidetic=3, dtype="float32")
+    ref = foreign.logits_of(model, foreign.tokens(65))
+    for engine in engines.NAMES:
+        with engines.opened(engine, out) as forward:
+            got = engines.in_pieces(forward, foreign.tokens(65), [7, 1, 60])
+            assert golden.rms_ratio(got, ref) < ROUNDING, engine
+    config, _ = checkpoint.read(convert(source, tmp_path / "short", window=8))
+    assert config.layer_types == ("mamba", "bmojo", "mamba", "mamba")
+    assert (config.window, config.n_sinks, config.n_fading, config.ssm_layers) == (8, 4, 0, ())
+    assert config.growing_layers == ()
+
+
 def test_special_cases(tmp_path: Path) -> None:
     """What a converted folder says that it is."""
     for kind, name in (

@@ -200,6 +200,37 @@ def test_windows(own: Any, asked: int, kinds: str, window: int, left: Any) -> No
     assert not config.growing_layers
 
 
+def test_windows_in_hybrids() -> None:
+    """State-space layers stay, attention loses its growing cache, and nothing fades in a layer without an SSM."""
+    jamba = MODELS["jamba"][1][0].replace(n_fading=0)
+    config = adapt(jamba, Memories(window=8), "x")
+    assert (config.layer_types, config.ssm_layers) == (("mamba", "bmojo", "mamba"), ())
+    assert (config.window, config.n_sinks, config.n_fading, config.n_eidetic) == (8, 4, 0, 0)
+    assert config.ssm_of(0) == jamba.ssm_of(0)
+    assert parameter_shapes(config) == parameter_shapes(jamba)
+
+    factory = _hmf("gdn", {"kind": "gdn"}).replace(window=16, n_fading=16, chunk=5)
+    for window, kinds, own in ((16, "bbgab", (None, None, None, 5, None)), (4, "bbgbb", None)):
+        config = adapt(factory, Memories(window=window), "x")
+        assert config.layer_types == tuple({"b": "bmojo", "a": "attention", "g": "gdn"}[kind] for kind in kinds)
+        assert config.attention_window == own
+        assert config.ssm_layers == (1, 4)
+        assert (config.window, config.n_sinks, config.n_fading, config.chunk) == (window, 4, 16, min(5, window))
+        assert parameter_shapes(config) == parameter_shapes(factory)
+        assert not config.growing_layers
+        assert adapt(config, Memories(window=32), "x").ssm_layers == (1, 4)
+    assert adapt(factory, Memories(sinks=2, eidetic=3), "x") == factory.replace(n_sinks=2, n_eidetic=3)
+
+    sliding = _of("attention", "bmojo", ssm={"kind": "gdn"}, attention_window=(5, None), window=16)
+    assert adapt(sliding, Memories(window=8), "x") == sliding.replace(window=8, chunk=8)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_window_for_a_model_without_attention(kind: str) -> None:
+    with pytest.raises(ConvertError, match="window: x has no attention to give a window"):
+        adapt(MODELS[kind][1][0], Memories(window=8), "x")
+
+
 def test_models_with_memories_keep_what_is_not_asked_for() -> None:
     config = adapt(odd(), Memories(window=40, eidetic=7), "x")
     assert dataclasses.asdict(config) == dataclasses.asdict(odd(window=40, n_eidetic=7, chunk=3))

@@ -148,7 +148,6 @@ def test_a_step_can_be_traced_by_the_caller(compiling: None) -> None:
         mx.compile(lambda token, state: full.decode_one_token(token, state))(mx.array([1]), full.init_state())
 
 
-@pytest.mark.timeout(600)
 def test_twenty_thousand_tokens_in_constant_memory() -> None:
     """State bytes at every step, resident memory, ring addresses: nothing moves and nothing grows."""
     config = Config.preset(

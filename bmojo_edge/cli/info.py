@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json as json_format
 import math
 from pathlib import Path
@@ -58,6 +59,9 @@ def describe(folder: Path) -> dict[str, Any]:
         "quantization": None
         if quantization is None
         else {"bits": quantization.bits, "group_size": quantization.group_size},
+        "experts": None
+        if config.experts is None
+        else {"n": config.experts.n, "per_token": config.experts.per_token, "layers": list(config.experts.layers)},
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "window": config.window,
@@ -70,6 +74,15 @@ def describe(folder: Path) -> dict[str, Any]:
         * 1000
         // (4 * GROWTH),
     }
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words, runs of three and more as first-last: "0, 2-5, 9"."""
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        parts += [f"{found[0]}-{found[-1]}"] if len(found) > 2 else map(str, found)
+    return ", ".join(parts)
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -88,7 +101,9 @@ def print_facts(facts: dict[str, Any]) -> None:
     state = f"{size(facts['state_bytes'])} ({facts['state_bytes']:,} bytes), for ever"
     if growing:
         more = f"{size(facts['state_bytes_per_1k_tokens'])} for every 1,000 tokens"
-        state = f"{size(facts['state_bytes'])} and {more}: {growing} of {facts['layers']} layers attend to everything"
+        which = f"layer{'s' * (growing > 1)} {ranges(facts['growing_layers'])}"
+        state += f", and {more}: {growing} of {facts['layers']} layers attend to everything ({which})"
+    experts = facts["experts"]
     memories = [f"window {facts['window']:,}"] if "bmojo" in facts["layer_types"] else []
     names = {"n_fading": "fading", "n_eidetic": "eidetic", "n_sinks": "sinks"}
     memories += [f"{name} {facts[key]:,}" for key, name in names.items() if memories and facts[key]]
@@ -97,6 +112,10 @@ def print_facts(facts: dict[str, Any]) -> None:
         ("is a", facts["special_case"]),
         ("layers", f"{facts['layers']}, {facts['d_model']:,} wide"),
         ("memories", ", ".join(memories)),
+        (
+            "experts",
+            experts and f"{experts['n']}, {experts['per_token']} a token, in layers {ranges(experts['layers'])}",
+        ),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", f"{size(facts['weight_bytes'])} ({facts['weight_bytes']:,} bytes), {stored}"),

@@ -22,6 +22,7 @@ from bmojo_edge.generate import generate
 from bmojo_edge.parameters import parameter_shapes
 from bmojo_edge.session import Session
 from bmojo_edge.tokenizer import Tokenizer
+from tests.helpers import random_weights
 from tests.unit.fake_lm import FakeLM
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +180,28 @@ def test_info_names_layers_that_grow(tmp_path: Path) -> None:
     facts = json.loads(run("info", str(tmp_path / "m"), "--json").stdout)
     assert facts["growing_layers"] == [0]
     assert facts["state_bytes_per_1k_tokens"] == 1000 * 2 * config.kv_heads * config.d_head * 2
-    assert "for every 1,000 tokens: 1 of 2 layers attend to everything" in run("info", str(tmp_path / "m")).stdout
+    shown = " ".join(run("info", str(tmp_path / "m")).stdout.split())
+    assert "for every 1,000 tokens: 1 of 2 layers attend to everything (layer 0)" in shown
+    assert f"({config.state_bytes():,} bytes), for ever, and " in shown
+
+
+def test_info_of_a_hybrid_with_experts(tmp_path: Path) -> None:
+    """It names the special case, what grows and where, and counts the experts."""
+    experts = {"n": 4, "per_token": 2, "layers": [1, 3]}
+    config = Config.preset(
+        "tiny", layer_types=("mamba", *["attention"] * 3, "mamba", "attention"), n_eidetic=0, experts=experts
+    )
+    checkpoint.save(tmp_path / "m", config, random_weights(config))
+    facts = json.loads(run("info", str(tmp_path / "m"), "--json").stdout)
+    assert facts["special_case"] == "hybrid of 2 Mamba layers, 4 Transformer layers"
+    assert facts["experts"] == experts
+    assert facts["growing_layers"] == [1, 2, 3, 5]
+    assert facts["state_bytes"] == config.state_bytes()
+    # Keys and values of 4 layers, 1,000 tokens.
+    assert facts["state_bytes_per_1k_tokens"] == 4 * 2 * 1000 * config.kv_heads * config.d_head * 4
+    shown = " ".join(run("info", str(tmp_path / "m")).stdout.split())
+    assert "4 of 6 layers attend to everything (layers 1-3, 5)" in shown
+    assert "4, 2 a token, in layers 1, 3" in shown
 
 
 def test_convert_passes_its_options_and_shows_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +364,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from bmojo_edge.cli import chat, main
 from bmojo_edge.tokenizer import Tokenizer
+from tests.helpers import random_weights
 from tests.unit.fake_lm import FakeLM
 
 class Slow(FakeLM):

@@ -172,6 +172,7 @@ def work(engine: str, model: Path) -> None:
     import psutil
 
     held = MlxLm(model) if engine == PEER else Ours(model, full=engine == OURS_FULL)
+    held.place(64, prefill=True)  # what runs first pays for pages and threads
     print(json.dumps({"dtype": held.dtype}), flush=True)
     token = 1
     for line in sys.stdin:

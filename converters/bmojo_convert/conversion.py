@@ -48,12 +48,13 @@ def convert(
 ) -> Path:
     """Convert a checkpoint to a model folder of ours and return its path.
 
-    source: a folder in the Hugging Face layout (llama, mistral, qwen2, qwen3, or ours), a GGUF file, a PyTorch file of
-    ours, or a hub id, of which `revision` picks a version. window: tokens each layer sees verbatim; None keeps full
-    attention. sinks (4 with a window), fading, eidetic, chunk: sizes of the other memories. dtype: float32, float16 or
-    bfloat16; None is float16 on Apple silicon, float32 elsewhere. q_bits: 4 or 8 quantises in groups of `q_group_size`
-    (32, 64, 128). overwrite: replace `out` if it is a model folder of ours. shard_bytes: larger weights are split.
-    progress is called with (stage, done, total); stages are "download", "weights" and "golden".
+    source: a folder in the Hugging Face layout (ours, or of a model_type that docs/checkpoints.md lists), a GGUF file,
+    a PyTorch file of ours, or a hub id, of which `revision` picks a version. window: tokens each attention layer sees
+    verbatim; None keeps full attention. sinks (4 with a window), fading, eidetic, chunk: sizes of the other memories.
+    dtype: float32, float16 or bfloat16; None is float16 on Apple silicon, float32 elsewhere. q_bits: 4 or 8 quantises
+    in groups of `q_group_size` (32, 64, 128). overwrite: replace `out` if it is a model folder of ours. shard_bytes:
+    larger weights are split. progress is called with (stage, done, total); stages are "download", "weights" and
+    "golden".
 
     The folder appears under its name only when its logits pass the check against the source's; a conversion that is
     cut off leaves nothing behind that loads, and the next one cleans up. One tensor is in memory at a time.

@@ -23,6 +23,7 @@ from bmojo_convert import convert
 from bmojo_edge import checkpoint, golden
 from bmojo_edge.checkpoint import CheckpointError
 from tests.parity import foreign
+from tests.parity import hybrid_model_factory as factory
 
 
 @pytest.fixture
@@ -338,8 +339,14 @@ convert(sys.argv[1], sys.argv[2], dtype="float32", progress=progress)
 @pytest.mark.parametrize(
     ("stage", "end"), [("weights", signal.SIGKILL), ("golden", signal.SIGKILL), ("golden", signal.SIGINT)]
 )
-def test_cut_off(stage: str, end: signal.Signals, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+def test_cut_off(kind: str, stage: str, end: signal.Signals, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    if kind == "llama":
+        foreign.save(foreign.model("llama"), source)
+    else:
+        c = factory.config("*-BMF")
+        factory.save(source, c, factory.tensors(c), shards=3)
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW, source, out, stage],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

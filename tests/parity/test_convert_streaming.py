@@ -1,4 +1,4 @@
-"""Mamba, Mamba-2 and Jamba checkpoints of transformers: converted logits equal the source's on oracle and twins."""
+"""Checkpoints of transformers, state-space models first: converted logits equal the source's on oracle and twins."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ LENGTHS = (1, 63, 65, 300)  # across the borders of chunks in transformers and i
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "mamba": ("mamba", {}),
     "mamba, biases, own head": (
         "mamba",

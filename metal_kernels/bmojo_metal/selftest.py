@@ -20,7 +20,7 @@ from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
 from bmojo_metal.launch import FLOATS, use_kernels
 from bmojo_metal.scan import selective_scan, selective_scan_step
-from bmojo_metal.selection import Eidetic, Ring, innovation_scores, promote, select_eidetic
+from bmojo_metal.selection import Eidetic, Ring, innovation_scores, innovation_step, promote, select_eidetic
 
 # RMS error over RMS allowed. In float32 orders of summing and two libraries' exp differ; nothing is rounded besides.
 BOUNDS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
@@ -199,6 +199,16 @@ def _one_token(z: Sizes) -> Callable[[Inputs], tuple[Any, ...]]:
     return arguments
 
 
+def _innovation_of_a_token(z: Sizes) -> Callable[[Inputs], tuple[Any, ...]]:
+    def arguments(new: Inputs) -> tuple[Any, ...]:
+        position = mx.array([z.window + 5 * i for i in range(z.b)], mx.int64)
+        active = mx.array([i % 2 == 0 for i in range(z.b)])
+        signal, past, ring = new.float32(z.b, z.d), new.float32(z.b, 3, z.d), mx.abs(new.float32(z.b, z.window))
+        return signal, past, ring, position, (0.5, 0.3, 0.2), "relative", active
+
+    return arguments
+
+
 def cases(sizes: Sequence[Sizes], dtypes: Sequence[mx.Dtype] = FLOATS) -> Iterator[Case]:
     """Every op at these sizes; in all dtypes where it takes them, else in float32."""
     for z in sizes:
@@ -220,6 +230,7 @@ def cases(sizes: Sequence[Sizes], dtypes: Sequence[mx.Dtype] = FLOATS) -> Iterat
             return new.float32(z.b, z.t, z.d), past, (0.5, 0.3, 0.2), "relative", _ragged(z.b, z.t)
 
         yield Case("innovation_scores", mx.float32, z, innovation, innovation_scores)
+        yield Case("innovation_step", mx.float32, z, _innovation_of_a_token(z), innovation_step)
         yield Case(
             "select_eidetic", mx.float32, z, _chosen(z), lambda s, x, limits, e: [select_eidetic(s, x, limits, 0, e)]
         )

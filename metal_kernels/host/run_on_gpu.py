@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from .cupy_runner import recording
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# With their options. Allocations lie side by side: without room between them, memcheck takes a buffer's end for sound.
+TOOLS = {"memcheck": ("--padding", "4096"), "racecheck": (), "initcheck": (), "synccheck": ()}
 
 
 class GpuCase(Protocol):
@@ -52,9 +53,9 @@ def start_sanitizer(module: str, only: str, tool: str) -> subprocess.Popen[str]:
     if not Path(program).exists():
         raise SystemExit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
     poison = [] if tool != "initcheck" else ["--no-poison"]
-    command = [program, "--tool", tool, "--error-exitcode", "99", "--kernel-name", "kernel_name=msl_entry"]
+    options = ("--tool", tool, *TOOLS[tool], "--error-exitcode", "99", "--kernel-name", "kernel_name=msl_entry")
     this = [sys.executable, "-m", "metal_kernels.host.run_on_gpu", module, "--only", only, "--repeats", "0", *poison]
-    return subprocess.Popen([*command, *this], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([program, *options, *this], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def sanitized(tool: str, process: subprocess.Popen[str]) -> bool:

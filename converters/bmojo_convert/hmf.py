@@ -23,7 +23,7 @@ _MIXERS = {
 }  # fmt: skip
 _MODULES = {"mamba2": "mamba", "gdn": "gdn", "gka": "gka"}
 
-# Options by table, theirs to ours, and fields that are stored but follow from the Transformer or change nothing.
+# Options by table, theirs to ours, and fields that change nothing here.
 _SHARED = {
     "use_gate": "use_gate", "conv_size": "d_conv", "norm_eps": "norm_eps", "kv_proj_rank": "kv_proj_rank",
     "kv_learnable_residual": "kv_learnable_residual",
@@ -44,16 +44,27 @@ _OPTIONS: dict[str, dict[str, str]] = {
         },
     },
 }  # fmt: skip
-_SIZES = {"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"}
-_UNREAD = {
-    "bmojo_config": {"hidden_size", "num_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"},
-    "mamba2_config": {
-        "d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "rms_norm_eps", "n_layer", "ssm_cfg",
-    },
-    "gdn_config": _SIZES,
-    "gka_config": _SIZES | {"bp_lambda", "chunk_size"},
-    "swa_config": set(),
-}  # fmt: skip
+_UNREAD = {"rms_norm_eps", "n_layer", "intermediate_size", "hidden_act", "chunk_size", "bp_lambda"}
+
+
+def _expected(content: Content) -> dict[str, dict[str, Any]]:
+    """Fields that a table may hold but not choose: sizes of the Transformer, and options with one supported value."""
+    d_model, h = content["hidden_size"], content["num_attention_heads"]
+    g, p = content.get("num_key_value_heads") or h, content.get("head_dim") or d_model // h
+    heads = {"hidden_size": d_model, "head_dim": p, "num_q_heads": h, "num_k_heads": g, "num_v_heads": g}
+    return {
+        "bmojo_config": {"hidden_size": d_model, "num_heads": h, "num_key_value_heads": g, "head_dim": p},
+        "gdn_config": heads,
+        "gka_config": {**heads, "solver_type": "chebyshev", "conv_bias": False, "num_sketches_per_head": 1},
+        "mamba2_config": {
+            "d_model": d_model, "d_inner": h * p, "d_xb": g * p, "d_conv": 4, "use_bias": False, "use_conv_bias": True,
+            "xb_learnable_residual": False, "xb_proj_activation": False, "xb_proj_rank": None, "use_rotary_emb": False,
+            "ssm_cfg": {"expand": 1, "ngroups": h, "d_state": p, "repeat_kv_before_conv": False},
+            # Rotating B and C before the convolution would tie the output to absolute positions.
+            "use_pos_emb": False, "use_pos_embed": False,
+        },
+        "swa_config": {},
+    }  # fmt: skip
 
 
 def fields(content: Content, where: str) -> dict[str, Any]:
@@ -139,10 +150,21 @@ def _table(content: Content, name: str, where: str, *options: str) -> Mapping[st
     given = content.get(name) or {}
     if not isinstance(given, Mapping):
         raise ConvertError(f"{where}: {name} must be a table, got {given!r}")
-    unknown = sorted(given.keys() - set(options) - _UNREAD[name])
-    if unknown:
-        raise ConvertError(f"{where}: {name}.{unknown[0]} is not supported")
+    _check_fixed(given, _expected(content)[name], {*options, *_UNREAD}, f"{where}: {name}")
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _check_fixed(given: Mapping[str, Any], expected: Mapping[str, Any], free: set[str], where: str) -> None:
+    """Raise ConvertError for a field that is neither free nor as expected."""
+    for key, value in given.items():
+        if key in free or value is None:
+            continue
+        if key not in expected:
+            raise ConvertError(f"{where}.{key} is not supported")
+        if isinstance(expected[key], Mapping) and isinstance(value, Mapping):
+            _check_fixed(value, expected[key], set(), f"{where}.{key}")
+        elif value != expected[key]:
+            raise ConvertError(f"{where}.{key} {value!r} is not supported; it must be {expected[key]!r}")
 
 
 def _windows(content: Content, symbols: list[str], where: str) -> tuple[int | None, ...] | None:
@@ -179,15 +201,7 @@ def _ssm(content: Content, config: Mapping[str, Any], kinds: tuple[str, ...], wh
 def _options(content: Content, kind: str, heads: tuple[int, int, int], where: str) -> dict[str, Any]:
     """The fields of one kind's table, as the model's config.json and its attention's sizes have them."""
     name = f"{kind}_config"
-    fixed = {"solver_type"} if kind == "gka" else {"use_pos_emb"} if kind == "mamba2" else set()
-    table = _table(content, name, where, *_OPTIONS[name], *fixed)
-    if table.get("solver_type", "chebyshev") != "chebyshev":
-        raise ConvertError(f"{where}: {name}.solver_type {table['solver_type']!r} is not supported; known is chebyshev")
-    if table.get("use_pos_emb"):
-        raise ConvertError(
-            f"{where}: {name}.use_pos_emb: rotating B and C before the convolution ties the output to absolute "
-            "positions, not supported"
-        )
+    table = _table(content, name, where, *_OPTIONS[name])
     found = {ours: table[theirs] for theirs, ours in _OPTIONS[name].items() if theirs in table}
     if kind != "mamba2":
         return found

@@ -61,15 +61,18 @@ def _windowed(config: Config, memories: Memories, window: int) -> Config:
     if not changed:
         return _resize(config, memories)
     fading = tuple(i for i in layers if config.layer_types[i] == "bmojo" and config.ssm_of(i) is not None)
-    chunk = min(config.chunk_size, window) if has_memories else None
+    # Sizes of memories that no layer had mean nothing.
+    sinks, eidetic, chunk = _SINKS, 0, None
+    if has_memories:
+        sinks, eidetic, chunk = config.n_sinks or _SINKS, config.n_eidetic, min(config.chunk_size, window)
     return config.replace(
         layer_types=tuple("bmojo" if i in changed else kind for i, kind in enumerate(config.layer_types)),
         attention_window=tuple(kept.get(i) for i in layers) if kept else None,
         ssm_layers=None if config.ssm is None else fading,
         window=window,
-        n_sinks=config.n_sinks or _SINKS if memories.sinks is None else memories.sinks,
+        n_sinks=sinks if memories.sinks is None else memories.sinks,
         n_fading=(config.fading if fading else 0) if memories.fading is None else memories.fading,
-        n_eidetic=config.n_eidetic if memories.eidetic is None else memories.eidetic,
+        n_eidetic=eidetic if memories.eidetic is None else memories.eidetic,
         chunk=chunk if memories.chunk is None else memories.chunk,
     )
 

@@ -296,9 +296,9 @@ def test_a_wrong_product_gets_no_name(source: Path, tmp_path: Path, monkeypatch:
 
 def test_a_misread_config_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle on our reading of the source must agree with transformers before anything is rounded."""
-    from bmojo_convert import hf
+    from bmojo_convert import families
 
-    monkeypatch.setattr(hf, "from_huggingface", lambda content, where: (500.0, None))
+    monkeypatch.setattr(families, "from_huggingface", lambda content, where: (500.0, None))
     _refused(source, "source: logits differ from those of transformers", tmp_path, q_bits=4)
 
 

@@ -57,6 +57,14 @@ CASES: dict[str, dict[str, Any]] = {
         "gka_config": {"kv_proj_rank": 3, "kv_learnable_residual": True, "norm_eps": 1e-4},
     },
     "qwen3, mamba2 without norms": {"pattern": "M2-*", "mamba2_config": {"use_qk_norm": False, "use_pos_emb": False}},
+    "qwen3, mamba2, all fields": {
+        "pattern": "M2-BMF",
+        "mamba2_config": {
+            "d_model": 20, "d_inner": 24, "d_xb": 12, "intermediate_size": 28, "hidden_act": "silu", "n_layer": 2,
+            "rms_norm_eps": 1e-5, "ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 6}, "use_qk_norm": True,
+            "use_pos_emb": False, "chunk_size": 128, "xb_proj_rank": None,
+        },
+    },
     "llama": {"pattern": "M2-*-BMF-SWA", "kind": "llama"},
     "llama, linear": {
         "pattern": "GDN-M2-GKA", "kind": "llama",
@@ -193,6 +201,10 @@ def test_defaults(tmp_path: Path) -> None:
         ({"hybrid_override_pattern": None}, "hybrid_override_pattern is missing"),
         ({"mamba2_config": {"use_pos_emb": True}}, r"mamba2_config\.use_pos_emb"),
         ({"mamba2_config": {"new": True}}, r"mamba2_config\.new is not supported"),
+        ({"mamba2_config": {"ssm_cfg": {"repeat_kv_before_conv": True}}}, "ssm_cfg.repeat_kv_before_conv True"),
+        ({"mamba2_config": {"ssm_cfg": {"d_state": 128}}}, r"mamba2_config\.ssm_cfg\.d_state 128 .* must be 6"),
+        ({"mamba2_config": {"xb_proj_rank": 8}}, r"mamba2_config\.xb_proj_rank 8"),
+        ({"bmojo_config": {"ssm_mixer": "gka"}, "gka_config": {"num_k_heads": 4}}, r"num_k_heads 4 .* must be 2"),
         ({"mamba2_config": 3}, "mamba2_config must be a table"),
         ({"bmojo_config": {"ssm_mixer": "rwkv"}}, r"bmojo_config\.ssm_mixer 'rwkv'"),
         ({"bmojo_config": {"window_size": 0}}, "window: must be at least 1"),

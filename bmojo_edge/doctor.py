@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bmojo_edge import golden
 
 if TYPE_CHECKING:
-    from bmojo_metal.selftest import Check, Timing
+    from bmojo_metal.device_check import Check, Timing
 
 MIN_MACOS = "14.0"  # MLX's wheels need it
 
@@ -163,13 +163,13 @@ def check_kernels(progress: Callable[[str, int, int], None] | None = None) -> tu
     """Every kernel against its plain op in all dtypes and at odd sizes, and times of those that are right."""
     import mlx.core as mx
 
-    from bmojo_metal import selftest
+    from bmojo_metal import device_check
 
-    small = list(selftest.cases(selftest.CHECKED))
-    typical = list(selftest.cases((selftest.TYPICAL,), (mx.float16,)))
+    small = list(device_check.cases(device_check.CHECKED))
+    typical = list(device_check.cases((device_check.TYPICAL,), (mx.float16,)))
     done, total = 0, len(small) + len(typical)
 
-    def each(cases: Iterable[selftest.Case]) -> Iterable[selftest.Case]:
+    def each(cases: Iterable[device_check.Case]) -> Iterable[device_check.Case]:
         nonlocal done
         for case in cases:
             if progress is not None:
@@ -177,9 +177,9 @@ def check_kernels(progress: Callable[[str, int, int], None] | None = None) -> tu
             yield case
             done += 1
 
-    checks = [selftest.check(case) for case in each(small)]
+    checks = [device_check.check(case) for case in each(small)]
     wrong = {check.op for check in checks if check.problem is not None}
-    timings = [selftest.timing(case) for case in each(typical) if case.op not in wrong]
+    timings = [device_check.timing(case) for case in each(typical) if case.op not in wrong]
     return checks, timings
 
 

@@ -20,13 +20,13 @@ from bmojo_edge import checkpoint, doctor, golden  # noqa: E402
 from bmojo_edge.cli import app  # noqa: E402
 from bmojo_edge.config import Config  # noqa: E402
 from bmojo_edge.parameters import parameter_shapes  # noqa: E402
-from bmojo_metal import launch, selftest, use_kernels  # noqa: E402
+from bmojo_metal import device_check, launch, use_kernels  # noqa: E402
 from metal_kernels.host import Run  # noqa: E402
 from metal_kernels.host.install import installed  # noqa: E402
 from tests.metal_host.conftest import harness  # noqa: E402, F401
 
 BODIES = Path(launch.__file__).parent
-OPS = {case.op for case in selftest.cases((selftest.TINY,))}
+OPS = {case.op for case in device_check.cases((device_check.TINY,))}
 
 
 def run(*arguments: str) -> Result:
@@ -41,8 +41,8 @@ def no_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device(harness: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811 - the fixture's name
     """A machine whose MLX runs Metal kernels, with little to check."""
-    monkeypatch.setattr(selftest, "CHECKED", (selftest.TINY,))
-    monkeypatch.setattr(selftest, "TYPICAL", selftest.TINY)
+    monkeypatch.setattr(device_check, "CHECKED", (device_check.TINY,))
+    monkeypatch.setattr(device_check, "TYPICAL", device_check.TINY)
     with installed(Run(mode="fast")), use_kernels(True):
         yield
 
@@ -152,8 +152,8 @@ def test_sound_kernels_pass_and_are_timed() -> None:
     assert result.exit_code == 0, report["failures"]
     checks, timings = report["kernels"]["checks"], report["kernels"]["timings"]
     assert {check["op"] for check in checks} == OPS == {timing["op"] for timing in timings}
-    assert {check["dtype"] for check in checks if check["op"] == "memory_attention"} == set(selftest.BOUNDS)
-    assert all(check["error"] <= selftest.BOUNDS[check["dtype"]] for check in checks)
+    assert {check["dtype"] for check in checks if check["op"] == "memory_attention"} == set(device_check.BOUNDS)
+    assert all(check["error"] <= device_check.BOUNDS[check["dtype"]] for check in checks)
     assert all(timing["kernel_ms"] > 0 and timing["plain_ms"] > 0 for timing in timings)
     assert not any("Metal kernels" in sentence for sentence in report["unchecked"])
 
@@ -181,7 +181,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_others_still_run(monkeypatc
     assert "CompileError" in wrong["promote"] or "TypeCheckError" in wrong["promote"]
 
 
-# --- the self-test itself
+# --- the check itself
 
 
 class Nothing:
@@ -199,7 +199,7 @@ class Nothing:
 def test_every_body_runs_and_kernels_that_do_nothing_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "metal_kernel", Nothing)
     Nothing.names.clear()
-    checks = [selftest.check(case) for case in selftest.cases(selftest.CHECKED)]
+    checks = [device_check.check(case) for case in device_check.cases(device_check.CHECKED)]
     bodies = {path.stem for path in BODIES.glob("*.metal") if not path.stem.endswith("_header")} - {"common"}
     assert Nothing.names == bodies
     assert [check for check in checks if check.problem is None] == []
@@ -207,5 +207,5 @@ def test_every_body_runs_and_kernels_that_do_nothing_are_wrong(monkeypatch: pyte
 
 def test_errors_are_relative_and_not_fooled_by_nan() -> None:
     ref = np.array([3.0, 4.0])
-    assert selftest.rms_ratio(ref * 1.01, ref) == pytest.approx(0.01)
-    assert not selftest.rms_ratio(np.array([np.nan, 4.0]), ref) <= 1.0
+    assert device_check.rms_ratio(ref * 1.01, ref) == pytest.approx(0.01)
+    assert not device_check.rms_ratio(np.array([np.nan, 4.0]), ref) <= 1.0

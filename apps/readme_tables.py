@@ -59,7 +59,8 @@ def perplexity() -> str:
         found = _read(path)
         for row in found["rows"]:
             ratio = row["ppl"] / found["rows"][0]["ppl"]
-            body.append([row["variant"], f"{row['engine']}, {row['books']} books", f"{row['ppl']:.2f}", f"{ratio:.3f}"])
+            run = f"{row['engine']}, {row['books']} book{'s' * (row['books'] > 1)}"
+            body.append([row["variant"], run, f"{row['ppl']:.2f}", f"{ratio:.3f}"])
         notes.append(f"{found['source']} through {found['rows'][0]['engine']}: {found['machine']}, {found['commit']}")
     header = ["memory", "run", "perplexity", "against full attention"]
     return f"{_rows(header, body)}\n\n" + "; ".join(notes) + "."

@@ -44,7 +44,8 @@ def memory_attention(
     in-context 0 <= a - j < window of k, v; fading window <= a - j < window + n_fading of k_fading, v_fading
     (b, lk, g, p);
     and of k_eidetic, v_eidetic (b, r, g, p; default k, v) the rows in eidetic_index (b, ceil(lq / chunk), e),
-    -1 = empty, of its chunk i // chunk, and the first n_sinks of its document, where they stand at or before a - window.
+    -1 = empty, of its chunk i // chunk, and the first n_sinks of its document, where these stand at or before
+    a - window.
     A row of k_eidetic stands at its own index, or at eidetic_position (b, r).
     segment_ids (b, lk): a change starts a document, -1 is padding; documents start at multiples of chunk where
     there are eidetic rows or sinks. q_fading, q_eidetic (b, lq, h, p): queries of their own for the fading and the

@@ -15,7 +15,7 @@ KNOWN_TRITON = ("3.6",)  # Gluon is experimental: only releases these kernels we
 
 
 class Wide(NamedTuple):
-    """Rows of queries and keys a tile, warps, tiles that copies run ahead, whether forward holds queries in registers."""
+    """Rows of queries and keys a tile, warps, tiles that copies run ahead; does forward hold queries in registers?"""
 
     queries: int
     keys: int
@@ -38,7 +38,7 @@ def kernels() -> Any:
 
 
 def tiles_for(q: Tensor, rows: int | None) -> Wide | None:
-    """Tiles for queries (b, l, h, p) whose chunks hold `rows` rows (None: no chunks); None: take the portable kernels."""
+    """Tiles for queries (b, l, h, p) whose chunks hold `rows` rows (None: no chunks); None: the portable kernels."""
     if capability(q)[0] != 9 or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 128):
         return None
     if kernels() is None:

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import bmojo_edge as be
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,6 +52,7 @@ class Ours:
         else:
             self.lm = be.load(model)
         self.vocab_size, self.dtype = self.lm.config.vocab_size, self.lm.config.dtype
+        self.state: Any = None
 
     def place(self, position: int, prefill: bool) -> float | None:
         import mlx.core as mx
@@ -85,7 +88,7 @@ class Ours:
         logits, self.state = self.lm.decode_one_token(mx.array([token]), self.state)
         token_out = mx.argmax(logits, axis=-1)
         mx.eval(token_out, self.state)
-        return int(token_out.item())
+        return int(np.array(token_out)[0])
 
     def state_bytes(self) -> int:
         from bmojo_edge.state import leaves
@@ -98,7 +101,6 @@ class MlxLm:
 
     def __init__(self, model: Path) -> None:
         import mlx.core as mx
-        import numpy as np
         from mlx_lm.models import llama
 
         config, weights = be.checkpoint.read(model)
@@ -144,7 +146,7 @@ class MlxLm:
             mx.eval([c.state for c in self.cache])
             return None
         tokens = mx.random.randint(0, self.vocab_size, (1, position))
-        start = time.perf_counter()
+        hidden, start = tokens, time.perf_counter()
         for begin in range(0, position, 512):  # mlx-lm's loop: the head only runs for the last token
             block = tokens[:, begin : begin + 512]
             hidden = self.model.model(block, cache=self.cache)
@@ -158,7 +160,7 @@ class MlxLm:
 
         out = mx.argmax(self.model(mx.array([[token]]), cache=self.cache)[:, -1], axis=-1)
         mx.eval(out)
-        return int(out.item())
+        return int(np.array(out)[0])
 
     def state_bytes(self) -> int:
         return sum(part.nbytes for cache in self.cache for part in (cache.keys, cache.values))

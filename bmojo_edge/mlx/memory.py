@@ -12,6 +12,7 @@ import numpy as np
 
 from bmojo_edge.config import Config
 from bmojo_edge.mlx import ops
+from bmojo_edge.mlx.attribution import attention_shares
 from bmojo_edge.mlx.layout import Layout, Step, as_mask, pinned_rotary, put, turns_of
 from bmojo_edge.mlx.ops import (
     Band,
@@ -207,17 +208,19 @@ def step_memories(
     if s and step.opening:
         sinks = _opened(sinks, x, step)
     q = rotate(x.q, at)
-    memories = [slots_seen(q, window.k, window.v, step)]
+    memories = {"window": slots_seen(q, window.k, window.v, step)}
     if step.aged and fading:  # () in a layer without an SSM
         q_fading = q if x.q_fading is x.q else rotate(x.q_fading, at)
-        memories.append(slots_seen(q_fading, fading.k, fading.v, step, near=w))
+        memories["fading"] = slots_seen(q_fading, fading.k, fading.v, step, near=w)
     if step.aged and (s or scores is not None):
         q = pinned_query(config, x.q)
         if s:
-            memories.append(Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s)))
+            memories["sinks"] = Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s))
         if scores is not None:
-            memories.append(Slots(q, eidetic.k, eidetic.v, w, eidetic.positions))
-    o = memory_attention_step(memories, step.position, softmax_scale(config))
+            memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, w, eidetic.positions)
+    if step.watch is not None:
+        step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))
+    o = memory_attention_step(list(memories.values()), step.position, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
 
 

@@ -21,7 +21,7 @@ from bmojo_edge.mlx.decode import Decoder
 from bmojo_edge.mlx.layers import RMSNorm
 from bmojo_edge.mlx.layout import Layout, layout_of
 from bmojo_edge.mlx.mixers import Mamba, Mamba2, Remembered
-from bmojo_edge.state import Leaf, State, map_leaves, state_spec
+from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -230,6 +230,18 @@ class Model(nn.Module):
         token = integers(token, "token", 1, self.config.vocab_size, counted)
         _check_rows(state, token.size)
         return self.decoder(token, state, active)
+
+    def decode_with_attention(self, token: Any, state: State) -> tuple[mx.array, State, list[dict[str, mx.array]]]:
+        """`decode_one_token`, with the share of attention that each memory got in each layer.
+
+        A layer's shares are (b, h) by the names of `state.MEMORIES`, together 1; layers without attention have none.
+        """
+        token = integers(token, "token", 1, self.config.vocab_size)
+        _check_rows(state, token.size)
+        watch: list[dict[str, mx.array]] = []
+        logits, state = self.decoder(token, state, None, watch)
+        found = iter(watch)
+        return logits, state, [next(found) if attends else {} for attends in attending(self.config)]
 
 
 def integers(x: Any, name: str, dims: int, below: int | None = None, counted: Any = None) -> mx.array:

@@ -64,6 +64,7 @@ class Step(NamedTuple):
     rotary: Rotary | None  # (b, 1, p / 2) at position + offset
     tokens: int  # as in Layout
     idle: bool
+    watch: list[dict[str, Tensor]] | None = None  # where layers note their memories' shares; None: they do not
 
 
 def turns_of(config: Config, device: torch.device) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale
 from bmojo_edge.state import BMojoState, EideticState, FadingState, SinkState, WindowState
+from bmojo_edge.torch.attribution import attention_shares
 from bmojo_edge.torch.layout import Layout, Step, choose_rows, overwritten, put, slot_positions
 from bmojo_edge.torch.ops import (
     Band,
@@ -239,13 +240,13 @@ def step_memories(
     if score is not None:
         scores = put(state.window.scores[:, None, :, None], slot, score[:, None, None, None], step.active)
         window = window._replace(scores=scores[:, 0, :, 0])
-    memories = [Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)]
+    memories = {"window": Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)}
     fading, sinks, leaving = state.fading, state.sinks, (i - w)[:, None]
     if f and x.k_fading is not None and x.v_fading is not None:
         slot = i % (w + f)
         k = put(state.fading.k, slot, rotate(x.k_fading, step.rotary), step.active)
         fading, held = FadingState(k, put(state.fading.v, slot, x.v_fading, step.active)), slot_positions(w + f, i)
-        memories.append(Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving)))
+        memories["fading"] = Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving))
     if config.n_sinks or score is not None:
         q = pinned_query(config, x.q, step.turns)
         if config.n_sinks:
@@ -253,9 +254,11 @@ def step_memories(
             first = i < config.n_sinks if step.active is None else step.active & (i < config.n_sinks)
             slot = i.clamp(max=config.n_sinks - 1)
             sinks = SinkState(put(sinks.k, slot, x.k, first), put(sinks.v, slot, x.v, first))
-            memories.append(Slots(q, *sinks, slots <= leaving))
+            memories["sinks"] = Slots(q, *sinks, slots <= leaving)
         if score is not None:
             seen = (eidetic.positions >= 0) & (eidetic.positions <= leaving)
-            memories.append(Slots(q, eidetic.k, eidetic.v, seen))
-    o = memory_attention_step(memories, softmax_scale(config))
+            memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, seen)
+    if step.watch is not None:
+        step.watch.append(attention_shares(memories, softmax_scale(config)))
+    o = memory_attention_step(list(memories.values()), softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)

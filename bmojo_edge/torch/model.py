@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import Leaf, State, map_leaves, state_spec
+from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
 from bmojo_edge.tokenizer import Tokenizer
 from bmojo_edge.torch.block import Block
 from bmojo_edge.torch.layers import RMSNorm
@@ -254,9 +254,26 @@ class Model(nn.Module):
 
         Rows with `active` (b,) False keep their state; their logits are 0.
         """
+        return self._step(token, state, active, None)
+
+    @torch.no_grad()
+    def decode_with_attention(self, token: Any, state: State) -> tuple[Tensor, State, list[dict[str, Tensor]]]:
+        """`decode_one_token`, with the share of attention that each memory got in each layer.
+
+        A layer's shares are (b, h) by the names of `state.MEMORIES`, together 1; layers without attention have none.
+        """
+        watch: list[dict[str, Tensor]] = []
+        logits, state = self._step(token, state, None, watch)
+        found = iter(watch)
+        return logits, state, [next(found) if attends else {} for attends in attending(self.config)]
+
+    def _step(
+        self, token: Any, state: State, active: Any, watch: list[dict[str, Tensor]] | None
+    ) -> tuple[Tensor, State]:
         token = self._integers(token, "token", 1, tuple(state.position.shape))
         active = None if active is None else torch.as_tensor(active, device=self.device).bool()
         step = step_of(self.config, state.position, state.offset, active, wide(self.embed.weight.dtype))
+        step = step._replace(watch=watch)
         h, states = self.embed(token if active is None else token.masked_fill(~active, 0)), []
         for block, layer_state in zip(self.blocks(), state.layers, strict=True):
             h, layer_state = block.step(h, layer_state, step)

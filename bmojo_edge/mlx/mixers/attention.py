@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from bmojo_edge.config import Config
+from bmojo_edge.mlx.attribution import attention_shares
 from bmojo_edge.mlx.layers import Projections, linear, merge_heads
 from bmojo_edge.mlx.layout import Layout, Step, put
 from bmojo_edge.mlx.memory import band, slots_seen
@@ -34,6 +35,8 @@ class Attention(Projections):
         x = self.project(u)
         state = AttentionState(put(state.k, rotate(x.k, step.rotary), step), put(state.v, x.v, step))
         seen = slots_seen(rotate(x.q, step.rotary), *state, step)
+        if step.watch is not None:
+            step.watch.append(attention_shares({"window": seen}, step.position, softmax_scale(self.config)))
         o = memory_attention_step([seen], step.position, softmax_scale(self.config))
         return self.o_proj(o.reshape(len(u), -1)), state
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale
 from bmojo_edge.state import AttentionState, capacity
+from bmojo_edge.torch.attribution import attention_shares
 from bmojo_edge.torch.layers import Projections, merge_heads
 from bmojo_edge.torch.layout import Layout, Step, overwritten, put, slot_positions
 from bmojo_edge.torch.memory import band
@@ -54,5 +55,8 @@ class Attention(Projections):
         pairs = ((state.k, rotate(x.k, step.rotary)), (state.v, x.v))
         state = AttentionState(*(put(slots, step.position % n, new, step.active) for slots, new in pairs))
         visible = slot_positions(n, step.position) >= 0
-        o = memory_attention_step([Slots(rotate(x.q, step.rotary), *state, visible)], softmax_scale(self.config))
+        seen = Slots(rotate(x.q, step.rotary), *state, visible)
+        if step.watch is not None:
+            step.watch.append(attention_shares({"window": seen}, softmax_scale(self.config)))
+        o = memory_attention_step([seen], softmax_scale(self.config))
         return self.o_proj(merge_heads(o))[:, 0], state

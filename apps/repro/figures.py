@@ -1,0 +1,151 @@
+"""Draws the pictures of docs/reproduction.md and writes its tables from the result files, between markers.
+
+python -m apps.repro.figures            # after a sweep
+python -m apps.repro.figures --check    # exit 1 where the page is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from apps.repro.sweep import EIDETIC, RESULTS, STATE, Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
+ORDER = ("transformer", "bmojo", "bmojo-f", "hybrid", "mamba", "window")
+Found = dict[str, Any]
+
+
+def _read(task: str) -> Found:
+    return json.loads((RESULTS / f"{task}.json").read_text(encoding="utf-8"))
+
+
+def name_of(row: Row) -> str:
+    """A model as tables and legends name it: an enlarged state or another number of slots is told."""
+    more = []
+    if row["d_state"] != STATE:
+        more.append(f"state {row['d_state']}")
+    if row["model"] == "bmojo" and row["n_eidetic"] != EIDETIC:
+        more.append(f"{row['n_eidetic']} slots")
+    return f"{row['model']} ({', '.join(more)})" if more else row["model"]
+
+
+def plain(rows: Iterable[Row]) -> list[Row]:
+    """Rows of the comparison itself, without changed options."""
+    return [row for row in rows if not row["options"] and row["ssm_lr"] == 1.0]
+
+
+def best_rates(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by cell (task, length, pairs, width, model), those of the learning rate with the best seed 0 only."""
+    cells: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[row["task"], row["seq_len"], row["pairs"], row["d_model"], name_of(row)].append(row)
+    found = {}
+    for key, tried in cells.items():
+        first = [row for row in tried if row["seed"] == 0]
+        lr = max(first or tried, key=lambda row: (row["accuracy"], -row["steps"]))["lr"]
+        found[key] = sorted((row for row in tried if row["lr"] == lr), key=lambda row: row["seed"])
+    return found
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison(found: Found) -> str:
+    """Every cell of the comparison: memory, accuracy of each seed, accuracy far away."""
+    cells = best_rates(plain(found["rows"]))
+
+    def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*key[:2], -key[2], key[3], ORDER.index(key[4].split()[0]), key[4])
+
+    body = []
+    for key in sorted(cells, key=rank):
+        rows = cells[key]
+        body.append(
+            [
+                f"{key[1]}, {key[2]} pairs, width {key[3]}",
+                key[4],
+                f"{rows[0]['memory_bytes'] / 1024:.0f} KiB",
+                f"{rows[0]['lr']:.0e}",
+                ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows),
+                f"{100 * mean(row['far_accuracy'] for row in rows):.1f}" if "far_accuracy" in rows[0] else "",
+                f"{mean(row['steps'] for row in rows):,.0f}",
+            ]
+        )
+    header = ["task", "model", "memory", "learning rate", "accuracy %, a seed each", "at 1,024 %", "steps"]
+    where = f"{found['device']}, torch {found['versions']['torch']}, commit {found['commit']}"
+    return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
+
+
+def choices(found: Found) -> str:
+    """Accuracy when one choice of B'MOJO is changed."""
+    changed = [row for row in found["rows"] if row["options"] or row["ssm_lr"] != 1.0]
+    body = []
+    for row in sorted(changed, key=lambda row: -row["accuracy"]):
+        what = [f"{name} {json.dumps(value)}" for name, value in row["options"].items()]
+        what += [f"SSM learning rate x{row['ssm_lr']:g}"] if row["ssm_lr"] != 1.0 else []
+        body.append([", ".join(what), f"{100 * row['accuracy']:.1f}", f"{row['steps']:,}"])
+    return _rows(["change", "accuracy %", "steps"], body)
+
+
+def draw_memory(found: Found, out: Path) -> None:
+    """Accuracy against bytes remembered, one panel a difficulty."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = best_rates(plain(found["rows"]))
+    panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[2], key[3]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for model in ORDER:
+            rows = [rows for key, rows in cells.items() if key[:4] == panel and rows[0]["model"] == model]
+            rows.sort(key=lambda rows: rows[0]["memory_bytes"])
+            x = [rows[0]["memory_bytes"] / 1024 for rows in rows]
+            axis.plot(x, [mean(row["accuracy"] for row in rows) for rows in rows], marker="o", label=model)
+        axis.set(xscale="log", xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(out, dpi=140)
+    plt.close(figure)
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """What stands between each pair of markers, for the files there are."""
+    found = {path.stem: _read(path.stem) for path in sorted(RESULTS.glob("*.json"))}
+    made: dict[str, Callable[[], str]] = {task: lambda task=task: comparison(found[task]) for task in found}
+    if "mqar" in found:
+        made["choices"] = lambda: choices(found["mqar"])
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = new = PAGE.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        new = re.sub(f"{begin}.*?{end}", lambda _, t=table, b=begin, e=end: f"{b}\n{t()}\n{e}", new, flags=re.DOTALL)
+    if args.check:
+        sys.exit(0 if new == old else f"{PAGE}: its tables are not those of the result files; run this program")
+    PAGE.write_text(new, encoding="utf-8")
+    if (RESULTS / "mqar.json").exists():
+        draw_memory(_read("mqar"), PAGE.parent / "pictures" / "recall.png")
+
+
+if __name__ == "__main__":
+    main()

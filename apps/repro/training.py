@@ -1,0 +1,227 @@
+"""Trains small models on fixed examples, several at once on one GPU: a run's step is a CUDA graph on its own stream.
+
+A step of such a model is hundreds of small kernels that leave a GPU almost idle. Captured once and replayed, it costs
+one launch, and steps of different runs overlap. On a CPU the same code runs the steps one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.repro.tasks import IGNORED, Examples
+from bmojo_edge import Config
+from bmojo_edge.torch import Model
+
+SSM_PARAMETERS = (".ssm.", ".in_proj.", ".conv.", ".x_proj.", ".dt_proj.", ".A_log", ".D")
+NO_DECAY = ("norm.weight", "A_log", ".D", "bias")
+WARM_UP_STEPS = 3  # eager steps before a capture, as torch.cuda.graph asks for
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is trained. `epochs` are at most; a run that answers `enough` of the test right ends early."""
+
+    lr: float
+    seed: int
+    epochs: int = 32
+    batch: int = 128
+    weight_decay: float = 0.1
+    warm_up: float = 0.1  # share of the steps in which the learning rate rises
+    ssm_lr: float = 1.0  # learning rate of the SSM's parameters over that of the others
+    clip: float = 1.0
+    enough: float = 0.9995
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    accuracy: float = 0.0  # of the last evaluation
+    best: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    curve: list[float] = field(default_factory=list)  # accuracy after each epoch
+
+
+def _on(device: torch.device, examples: Examples) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(examples.tokens).to(device), torch.from_numpy(examples.targets).to(device)
+
+
+def _queries(targets: Tensor) -> Tensor:
+    """Columns (n, q) of the scored targets of each row, padded with the row's last one. Every row has at least one."""
+    asked = targets != IGNORED
+    count = int(asked.sum(1).max())
+    order = (~asked).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    last = asked.sum(1, keepdim=True).clamp(min=1) - 1
+    return torch.where(torch.arange(count, device=targets.device) <= last, order, order.gather(1, last))
+
+
+def groups(model: Model, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters by learning rate and weight decay."""
+    found: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        slow = any(part in f".{name}" for part in SSM_PARAMETERS)
+        found.setdefault((slow, name.endswith(NO_DECAY)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "scale": recipe.ssm_lr if slow else 1.0,
+            "weight_decay": 0.0 if plain else recipe.weight_decay,
+        }
+        for (slow, plain), parameters in found.items()
+    ]
+
+
+def schedule(recipe: Recipe, steps: int) -> list[float]:
+    """The learning rate of every step: linear warm-up, then a cosine to zero."""
+    rising = max(1, round(recipe.warm_up * steps))
+    up = [recipe.lr * (i + 1) / rising for i in range(rising)]
+    down = max(1, steps - rising)
+    return [*up, *(0.5 * recipe.lr * (1 + math.cos(math.pi * i / down)) for i in range(down))][:steps]
+
+
+class Run:
+    """One model in training; `epoch()` enqueues one pass over the examples and says nothing of when it ends."""
+
+    def __init__(self, config: Config, train: Examples, test: Examples, recipe: Recipe, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device, self.outcome = recipe, device, Outcome()
+        self.model = Model(config).to(device)
+        self.tokens, self.targets = _on(device, train)
+        self.columns = _queries(self.targets)
+        self.test = _on(device, test)
+        self.test_columns = _queries(self.test[1])
+        self.batches = len(self.tokens) // recipe.batch
+        if not self.batches:
+            raise ValueError(f"batch: {recipe.batch} is more than the {len(self.tokens)} training examples")
+        steps = recipe.epochs * self.batches
+        self.rates = torch.tensor(schedule(recipe, steps), device=device)
+        self.order = torch.zeros(self.batches * recipe.batch, dtype=torch.int64, device=device)
+        self.shuffle = np.random.default_rng(recipe.seed)
+        self.step, self.batch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            groups(self.model, recipe), lr=torch.tensor(recipe.lr, device=device), betas=(0.9, 0.98), capturable=on_gpu
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(recipe.lr, device=device)
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.began = time.perf_counter()
+
+    def _train_step(self) -> None:
+        """One step, without a look at the host: which batch and which learning rate are read from the device."""
+        size = self.recipe.batch
+        rows = self.order[self.batch * size + torch.arange(size, device=self.device)]
+        columns = self.columns[rows]
+        hidden, _ = self.model.hidden(self.tokens[rows])
+        asked = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        answers = self.targets[rows].gather(1, columns)
+        loss = F.cross_entropy(self.model.head(asked).flatten(0, 1).float(), answers.flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
+        rate = self.rates[self.step]
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(rate * group["scale"])
+        self.optimizer.step()
+        self.step += 1
+        self.batch += 1
+
+    def _reshuffle(self) -> None:
+        order = self.shuffle.permutation(len(self.tokens))[: len(self.order)]
+        self.order.copy_(torch.from_numpy(order))
+        self.batch.zero_()
+
+    def _capture(self) -> None:
+        """The step as a graph; the eager steps it needs before it are the first steps of training."""
+        for _ in range(WARM_UP_STEPS):
+            self._train_step()
+        assert self.stream is not None
+        self.stream.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._train_step()
+
+    def epoch(self) -> None:
+        """Enqueue one pass over the training examples."""
+        if self.stream is None:
+            self._reshuffle()
+            for _ in range(self.batches):
+                self._train_step()
+        else:
+            with torch.cuda.stream(self.stream):
+                self._reshuffle()
+                first = 0
+                if self.graph is None:
+                    self._capture()
+                    first = WARM_UP_STEPS
+                assert self.graph is not None
+                for _ in range(first, self.batches):
+                    self.graph.replay()
+        self.outcome.steps += self.batches
+
+    @torch.no_grad()
+    def answers(self, tokens: Tensor, targets: Tensor, columns: Tensor) -> float:
+        """Share of the questions answered right."""
+        right = asked = 0
+        for i in range(0, len(tokens), self.recipe.batch):
+            rows = slice(i, i + self.recipe.batch)
+            hidden, _ = self.model.hidden(tokens[rows])
+            at = columns[rows]
+            guess = self.model.head(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))).argmax(-1)
+            truth = targets[rows]
+            guessed = torch.full_like(truth, IGNORED - 1).scatter(1, at, guess)
+            right += int((guessed == truth).sum())
+            asked += int((truth != IGNORED).sum())
+        return right / asked
+
+    def evaluate(self) -> bool:
+        """Wait for the epoch, test the model, and say whether the run is over."""
+        with torch.cuda.stream(self.stream):
+            accuracy = self.answers(*self.test, self.test_columns)
+        self.outcome.accuracy = accuracy
+        self.outcome.best = max(self.outcome.best, accuracy)
+        self.outcome.curve.append(round(accuracy, 4))
+        self.outcome.seconds = time.perf_counter() - self.began
+        return accuracy >= self.recipe.enough or len(self.outcome.curve) >= self.recipe.epochs
+
+    def score(self, examples: Examples) -> float:
+        """Accuracy on other examples, of any length."""
+        tokens, targets = _on(self.device, examples)
+        with torch.cuda.stream(self.stream):
+            return self.answers(tokens, targets, _queries(targets))
+
+
+def train_together(
+    starts: Iterator[Callable[[], Run]], at_once: int, more_time: Callable[[], bool] = lambda: True
+) -> Iterator[Run]:
+    """Keep `at_once` runs going, yield each as it ends, start the next in its place; stop when there is no more time.
+
+    Runs that are cut off by the clock are not yielded: their results would be those of unfinished training.
+    """
+    active: list[Run] = []
+    left = True
+    while active or left:
+        while left and len(active) < at_once:
+            start = next(starts, None)
+            if start is None:
+                left = False
+            else:
+                active.append(start())
+        if not more_time():
+            return
+        for run in active:
+            run.epoch()
+        for run in [run for run in active if run.evaluate()]:
+            active.remove(run)
+            yield run

@@ -1,0 +1,143 @@
+"""Models learn what they can, cells are run once, and results outlive the run."""
+
+import json
+import sys
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from apps.repro import sweep  # noqa: E402
+from apps.repro.models import MODELS, config_of, matching_state, memory_bytes  # noqa: E402
+from apps.repro.tasks import IGNORED, TASKS, Examples  # noqa: E402
+from apps.repro.training import Recipe, Run, _queries, groups, schedule, train_together  # noqa: E402
+
+SIZES = {"vocab_size": 16, "d_model": 32, "window": 8, "n_eidetic": 8}
+CPU = torch.device("cpu")
+
+
+def induction(seed: int, n: int) -> Examples:
+    return TASKS["induction_heads"].make(np.random.default_rng(seed), n, 16, 1)
+
+
+def run_of(model: str, **recipe: float) -> Run:
+    settings = {"lr": 1e-2, "seed": 0, "epochs": 6, "batch": 64, **recipe}
+    config = config_of(model, d_state=16, **SIZES)
+    return Run(config, induction(0, 2048), induction(1, 256), Recipe(**settings), CPU)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_transformer_learns_induction() -> None:
+    (run,) = train_together(iter([lambda: run_of("transformer")]), at_once=2)
+    assert run.outcome.best > 0.99
+    assert run.outcome.steps == 32 * len(run.outcome.curve)
+    assert run.score(induction(2, 100)) > 0.97
+
+
+def test_a_window_that_cannot_see_does_not() -> None:
+    (run,) = train_together(iter([lambda: run_of("window", epochs=1)]), at_once=1)
+    assert run.outcome.accuracy < 0.9
+
+
+def test_unfinished_runs_are_not_results() -> None:
+    clock = count()
+    runs = train_together(iter([lambda: run_of("transformer", enough=2.0)]), 1, more_time=lambda: next(clock) < 2)
+    assert list(runs) == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_is_in_one_group(model: str) -> None:
+    run = run_of(model, ssm_lr=5.0)
+    found = groups(run.model, run.recipe)
+    listed = [id(parameter) for group in found for parameter in group["params"]]
+    assert sorted(listed) == sorted(id(parameter) for parameter in run.model.parameters())
+    fast = {group["scale"] for group in found}
+    assert fast == ({1.0, 5.0} if model not in ("transformer", "window") else {1.0})
+
+
+def test_schedule_rises_and_falls_to_nothing() -> None:
+    rates = schedule(Recipe(lr=1.0, seed=0), 1000)
+    assert len(rates) == 1000 and max(rates) == 1.0 == rates[99]
+    assert rates[0] == 0.01 and rates[-1] < 1e-5 and rates[99:] == sorted(rates[99:], reverse=True)
+
+
+def test_queries_are_the_scored_columns() -> None:
+    targets = torch.tensor([[IGNORED, 3, IGNORED, 4], [5, IGNORED, IGNORED, IGNORED]])
+    assert _queries(targets).tolist() == [[1, 3], [0, 0]]
+
+
+def test_memory_is_that_of_the_state() -> None:
+    config = config_of("bmojo", d_state=16, **SIZES)
+    found = memory_bytes(config, 256)
+    p = 2 * 8 * 32 * 4  # keys and values of 8 slots of a layer, float32
+    assert found["rings"] == 2 * (p + 2 * p + 8 * 4)  # window, window + fading, scores
+    assert found["eidetic"] == 2 * (p + 8 * 4 + 8 * 8)
+    assert found["ssm"] == 2 * 4 * (64 * 16 + 3 * 64)
+    assert found["total"] == config.state_bytes() - 16  # position and offset
+    assert memory_bytes(config_of("transformer", d_state=16, **SIZES), 256)["total"] == 2 * 2 * 256 * 32 * 4
+
+
+def test_equal_memory_favours_the_ssm() -> None:
+    budget = memory_bytes(config_of("bmojo", d_state=16, **SIZES), 256)["total"]
+    d_state = matching_state("mamba", budget, 256, **SIZES)
+    assert memory_bytes(config_of("mamba", d_state=d_state, **SIZES), 256)["total"] >= budget
+    assert memory_bytes(config_of("mamba", d_state=d_state // 2, **SIZES), 256)["total"] < budget
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    sweep.main()
+
+
+def test_sweep_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [sweep.Cell("window", 1, lr, task="induction_heads", seq_len=16) for lr in (1e-3, 1e-2)]
+
+    def planned(rows: object) -> list[sweep.Cell]:
+        """Two learning rates."""
+        return cells
+
+    monkeypatch.setitem(sweep.STAGES, "recall", planned)
+    arguments = ["--stage", "recall", "--device", "cpu", "--train", "128", "--epochs", "1", "--out", str(tmp_path)]
+    main(monkeypatch, *arguments, "--minutes", "0")
+    assert not [*tmp_path.iterdir()] and "out of time" in capsys.readouterr().err
+    main(monkeypatch, *arguments)
+    found = json.loads((tmp_path / "induction_heads.json").read_text())
+    assert {row["lr"] for row in found["rows"]} == {1e-3, 1e-2}
+    for name in ("machine", "versions", "commit"):
+        assert found[name]
+    for name in (
+        "model",
+        "seq_len",
+        "pairs",
+        "d_model",
+        "window",
+        "n_eidetic",
+        "memory_bytes",
+        "lr",
+        "seed",
+        "accuracy",
+    ):
+        assert name in found["rows"][0]
+    capsys.readouterr()
+    main(monkeypatch, *arguments)
+    assert "0 of 2 cells left" in capsys.readouterr().out
+    main(monkeypatch, *arguments[:-4], "--epochs", "2", "--out", str(tmp_path), "--list")
+    assert " 2 " in capsys.readouterr().out  # another recipe is another result
+
+
+def test_seeds_follow_the_best_rate() -> None:
+    rows = [{**cell.key(), "accuracy": cell.lr == 3e-3, "steps": 1} for cell in sweep.stage_recall([])]
+    cells = sweep.stage_seeds(rows)
+    assert len(cells) == 2 * len(sweep.stage_recall([])) / 3
+    assert {cell.lr for cell in cells} == {3e-3} and {cell.seed for cell in cells} == {1, 2}
+    assert all(cell.lr == 3e-3 for cell in sweep.stage_choices(rows)) and len(sweep.stage_choices(rows)) == 12
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mqar.json").write_text('{"rows"')
+    with pytest.raises(SystemExit, match=r"mqar\.json"):
+        sweep.Results(tmp_path)

@@ -1,0 +1,74 @@
+"""How attention divides among the memories: both twins against the weights of the oracle's own softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bmojo_edge import reference, reference_memory
+from bmojo_edge.config import Config
+from bmojo_edge.state import MEMORIES, attending
+from tests.helpers import GRID, random_tokens, random_weights, to_numpy
+from tests.twins import ENGINES, build
+
+CASES = ["all", "untied, qk-norm, bias", "no fading", "no sinks", "no ssm", "window of one", "mixed",
+         "an ssm in one layer"]  # fmt: skip
+
+
+def oracle_shares(
+    monkeypatch: pytest.MonkeyPatch, config: Config, tokens: np.ndarray
+) -> list[list[dict[str, np.ndarray]]]:
+    """Token by token and layer by layer: the oracle's weights, summed over each memory's slots."""
+    weights, seen = random_weights(config), []
+    attend = reference_memory.attend
+
+    def watching(queries: list[Any], keys: list[Any], values: list[Any], scale: float) -> np.ndarray:
+        h, g = queries[0].shape[0], keys[0].shape[1]
+        scores = [
+            np.einsum("hp,nhp->hn", q, k[:, np.arange(h) // (h // g)]) * scale
+            for q, k in zip(queries, keys, strict=True)
+        ]
+        joined = np.exp(np.concatenate(scores, axis=-1))
+        parts = np.split(joined / joined.sum(-1, keepdims=True), np.cumsum([s.shape[1] for s in scores])[:-1], axis=-1)
+        seen[-1].append([part.sum(-1) for part in parts])
+        return attend(queries, keys, values, scale)
+
+    monkeypatch.setattr(reference_memory, "attend", watching)
+    monkeypatch.setattr(reference, "attend", watching)
+    found, state = [], reference.init_state(config)
+    for token in tokens:
+        seen.append([])
+        _, state = reference.forward(config, weights, [[token]], state)
+        layers, shares = iter(seen[-1]), []
+        for i, attends in enumerate(attending(config)):
+            names = ["window"]
+            if config.layer_types[i] == "bmojo":
+                held = {"fading": config.fading_of(i), "sinks": config.n_sinks, "eidetic": config.n_eidetic}
+                names += [name for name, slots in held.items() if slots]
+            shares.append(dict(zip(names, next(layers), strict=True)) if attends else {})
+        found.append(shares)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shares_are_those_of_the_oracles_softmax(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GRID[name]
+    tokens = random_tokens(config, 1, 26)[0]
+    ref = oracle_shares(monkeypatch, config, tokens)
+    for engine in ENGINES:
+        lm: Any = build(engine, config, random_weights(config))
+        state, plain = lm.init_state(), lm.init_state()
+        for i, token in enumerate(tokens):
+            logits, state, shares = lm.decode_with_attention(np.array([token]), state)
+            expected, plain = lm.decode_one_token(np.array([token]), plain)
+            np.testing.assert_array_equal(to_numpy(logits), to_numpy(expected))
+            for layer, (got, want) in enumerate(zip(shares, ref[i], strict=True)):
+                assert set(got) <= set(want) and set(got) <= set(MEMORIES)
+                for memory, share in want.items():  # a memory that is empty may be left out
+                    there = to_numpy(got[memory])[0] if memory in got else np.zeros(config.n_heads)
+                    np.testing.assert_allclose(there, share, atol=2e-5, err_msg=f"{memory}, layer {layer}, token {i}")
+                if got:
+                    np.testing.assert_allclose(sum(to_numpy(x)[0] for x in got.values()), 1, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, doctor, generate, info
+from bmojo_edge.cli import chat, convert, doctor, generate, info, train
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -23,6 +23,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
+app.add_typer(train.app, name="train")
 
 
 def _print_version(wanted: bool) -> None:

@@ -33,17 +33,21 @@ def decays(name: str) -> bool:
 
 
 def adamw(model: nn.Module, config: Config, settings: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW over four groups: state-space or not, decaying or not; `scale` multiplies the learning rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Fused AdamW over groups: state-space or not, decaying or not; `scale` multiplies the learning rate.
+
+    Sharded parameters and whole ones are apart as well, for one kernel takes one kind.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((is_ssm(name, config), decays(name)), []).append(parameter)
+        kind = (is_ssm(name, config), decays(name), isinstance(parameter, DTensor))
+        groups.setdefault(kind, []).append(parameter)
     tables = [
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if decaying else 0.0,
             "scale": settings.ssm_lr_scale if ssm else 1.0,
         }
-        for (ssm, decaying), parameters in groups.items()
+        for (ssm, decaying, _), parameters in groups.items()
     ]
     return torch.optim.AdamW(tables, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 

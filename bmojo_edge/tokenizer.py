@@ -26,7 +26,7 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """Text to ids and back. Make one with `Tokenizer.load(folder)`.
 
-    `eos_ids` are all ids that end an answer; `bos_id` begins a text, None where the model has no such token;
+    `eos_ids` are all ids that end an answer; `eos_id` ends a text and `bos_id` begins one, None where there is no such;
     `vocab_size` is one more than the largest id.
     """
 
@@ -43,8 +43,8 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(chat_templates or {})
         self.bos_id = self._special_id("bos_token")
-        eos = self._special_id("eos_token")
-        self.eos_ids = frozenset(eos_ids) | frozenset(() if eos is None else (eos,))
+        self.eos_id = self._special_id("eos_token")
+        self.eos_ids = frozenset(eos_ids) | frozenset(() if self.eos_id is None else (self.eos_id,))
         self.vocab_size = backend.size
 
     def _special_id(self, name: str) -> int | None:

@@ -23,6 +23,9 @@ _INSTALL = {
     "fastapi": "pip install 'bmojo-edge[serve]'",
     "uvicorn": "pip install 'bmojo-edge[serve]'",
     "lm_eval": "pip install 'bmojo-edge[eval]'",
+    "datasets": "pip install 'bmojo-edge[data]'",
+    "pyarrow": "pip install 'bmojo-edge[data]'",
+    "zstandard": "pip install 'bmojo-edge[data]'",
     "onnx": "pip install 'bmojo-edge[onnx]'",
     "coremltools": "pip install 'bmojo-edge[coreml]'",
 }

@@ -15,7 +15,13 @@ console = Console(stderr=True, highlight=False)
 # A model may say anything: on a terminal, control characters but newline and tab are left out.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-_STAGES = {"download": "Downloading", "weights": "Converting weights", "golden": "Checking against the source"}
+_STAGES = {
+    "download": "Downloading",
+    "weights": "Converting weights",
+    "golden": "Checking against the source",
+    "vocabulary": "Learning the vocabulary",
+    "tokens": "Cutting into tokens",
+}
 
 
 def write(text: str) -> None:

@@ -47,7 +47,7 @@ def _offsets(*values: int, dtype: type = np.int64) -> Callable[[Path], None]:
     return lambda folder: np.save(folder / "documents.npy", np.array(values, dtype))
 
 
-def _resize(name: str, nbytes: int) -> Callable[[Path], None]:
+def _resize(name: str, nbytes: int) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes().ljust(nbytes, b"\0")[:nbytes])
 
 

@@ -6,6 +6,9 @@ it is handed one's arrays.
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +16,10 @@ from numpy.typing import NDArray
 
 from bmojo_edge.config import Config
 from bmojo_edge.state import leaves
+from bmojo_edge.tensors import as_numpy
 from bmojo_edge.tokenizer import Tokenizer
+
+FINGERPRINT_VALUES = 64  # of each parameter
 
 
 class LM(Protocol):
@@ -46,6 +52,47 @@ def evaluate(logits: Any, state: Any) -> NDArray[np.float32]:
     elif engine == "torch":
         logits = logits.detach().float().cpu()
     return np.asarray(logits, dtype=np.float32)[0]
+
+
+def as_engine(array: np.ndarray, like: Any) -> Any:
+    """A NumPy array as an array of the engine, and on the device, of `like`; bfloat16 as `ml_dtypes` has it."""
+    halves, engine = array.dtype.name == "bfloat16", type(like).__module__.partition(".")[0]
+    bits = array.view(np.int16) if halves else array
+    if engine == "mlx":
+        mx = sys.modules["mlx.core"]
+        return mx.array(bits).view(mx.bfloat16) if halves else mx.array(bits)
+    if engine == "torch":
+        torch = sys.modules["torch"]
+        tensor = torch.from_numpy(np.array(bits))
+        return (tensor.view(torch.bfloat16) if halves else tensor).to(like.device)
+    return np.array(bits)
+
+
+def weights_fingerprint(lm: LM) -> str:
+    """A hash of names, shapes and some values of each parameter, in milliseconds; "" where a model shows none.
+
+    Both twins give the same for one folder, unless it is quantised: they hold those weights differently.
+    """
+    named = getattr(lm, "named_parameters", None)  # PyTorch's
+    parameters = dict(named()) if named else dict(_named_arrays(lm.parameters())) if hasattr(lm, "parameters") else {}
+    if not parameters:
+        return ""
+    found = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(parameters.items()):
+        flat = parameter.reshape(-1)
+        some = as_numpy(flat[:: max(1, flat.shape[0] // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES])
+        found.update(f"{name} {tuple(parameter.shape)} {some.dtype.name}".encode() + some.tobytes())
+    return found.hexdigest()
+
+
+def _named_arrays(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Arrays of nested dicts and lists with their dotted names."""
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if children is None:
+        yield name, tree
+        return
+    for key, child in children:
+        yield from _named_arrays(child, f"{name}.{key}" if name else str(key))
 
 
 def state_nbytes(state: Any) -> int:

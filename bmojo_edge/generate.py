@@ -54,7 +54,8 @@ class Token(NamedTuple):
 class Continuation:
     """A sequence being continued. At any moment `state` has taken in everything but the ids in `pending`.
 
-    `context` are ids that the state has already taken in and that the repetition penalty should count.
+    `context` are ids that the state has already taken in and that the repetition penalty should count; `rng` are the
+    random numbers to go on from where no seed is given.
     Raises SamplingError or ValueError naming the option that is out of range.
     """
 
@@ -64,6 +65,7 @@ class Continuation:
         state: Any,
         ids: Sequence[int],
         context: Iterable[int] = (),
+        rng: np.random.Generator | None = None,
         *,
         max_tokens: int = 256,
         temperature: float = 0.0,
@@ -94,7 +96,7 @@ class Continuation:
         self.finish_reason: str | None = None
         self._lm = lm
         self._max_tokens = max_tokens
-        self._sampler = Sampler(sampling, lm.config.vocab_size, [*context, *ids])
+        self._sampler = Sampler(sampling, lm.config.vocab_size, [*context, *ids], rng)
         self._stop = StopStrings(stop)
         self._detokenizer = _tokenizer(lm).detokenizer()
 

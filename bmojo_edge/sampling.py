@@ -125,12 +125,19 @@ def _nucleus(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
 class Sampler:
     """Draws tokens one after another, remembering which were seen for the repetition penalty.
 
-    `context` are ids seen before the first draw: the prompt, or a session's last `window` tokens.
+    `context` are ids seen before the first draw: the prompt, or a session's last `window` tokens. `rng` are the random
+    numbers to go on from where there is no seed.
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int, context: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocab_size: int,
+        context: Iterable[int] = (),
+        rng: np.random.Generator | None = None,
+    ) -> None:
         self.sampling = sampling
-        self._rng = np.random.default_rng(sampling.seed)
+        self._rng = rng if rng is not None and sampling.seed is None else np.random.default_rng(sampling.seed)
         self._seen = np.zeros(vocab_size, dtype=np.bool_)
         self._seen[list(context)] = True
 

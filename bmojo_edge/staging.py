@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: written under a temporary name beside the target, then renamed.
+"""Folders and files that appear whole or not at all: written under a temporary name beside the target, then renamed.
 
-Knows the file system and nothing of what the folder holds.
+Knows the file system and nothing of what they hold.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:
@@ -91,3 +92,28 @@ def _flush(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `target`, on the disk, when the block ends without an exception.
+
+    Until then `target` is what it was, and it never is anything in between. What killed processes left is removed.
+    """
+    target = Path(os.path.realpath(target))
+    for stale in _siblings(target, "tmp"):
+        descriptor = _lock(stale)
+        if descriptor is not None:
+            stale.unlink(missing_ok=True)
+            os.close(descriptor)
+    path = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, target)
+            _flush(target.parent)
+        finally:
+            path.unlink(missing_ok=True)

@@ -167,6 +167,35 @@ def _plan(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
+def _head(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file, and where in it each tensor begins, in order."""
+    # Wide dtypes first keeps every tensor aligned to its own size.
+    names = sorted(specs, key=lambda x: (-np.dtype(specs[x].dtype).itemsize, x))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        begin, end = end, end + specs[name].nbytes
+        entry = {"dtype": _CODES[specs[name].dtype], "shape": specs[name].shape, "data_offsets": (begin, end)}
+        header[name] = entry
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    places = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}
+    return struct.pack("<Q", len(text)) + text, places
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata as one safetensors file, without holding a copy of them."""
+    head, places = _head({name: Spec(array.dtype.name, array.shape) for name, array in tensors.items()}, metadata)
+    file.write(head)
+    for name in places:
+        file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 class TensorWriter:
     """Writes tensors of known dtype and shape, in any order, as model.safetensors or as shards with their index.
 
@@ -185,20 +214,11 @@ class TensorWriter:
             self._start(file, names)
 
     def _start(self, name: str, names: list[str]) -> None:
-        # Wide dtypes first keeps every tensor aligned to its own size.
-        names = sorted(names, key=lambda x: (-np.dtype(self._specs[x].dtype).itemsize, x))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in names:
-            spec, begin = self._specs[tensor], end
-            end = begin + spec.nbytes
-            header[tensor] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": (begin, end)}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        head, places = _head({tensor: self._specs[tensor] for tensor in names}, {"format": "pt"})
         file = (self._folder / name).open("xb")
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in names:
-            self._place[tensor] = (file, 8 + len(text) + header[tensor]["data_offsets"][0])
+        file.write(head)
+        for tensor, place in places.items():
+            self._place[tensor] = (file, place)
             self._file_of[tensor] = name
         self._files.append(file)
 
@@ -209,7 +229,7 @@ class TensorWriter:
             raise ValueError(f"{name}: announced as {spec.dtype} {spec.shape}, got {array.dtype} {array.shape}")
         file, offset = self._place[name]
         file.seek(offset)
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(raw_bytes(array))
         self._missing.discard(name)
 
     def close(self) -> None:

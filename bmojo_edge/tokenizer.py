@@ -47,6 +47,11 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids) | frozenset(() if self.eos_id is None else (self.eos_id,))
         self.vocab_size = backend.size
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it was loaded from."""
+        return self._folder
+
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return self._backend.token_id(token) if token is not None else None

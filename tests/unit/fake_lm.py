@@ -23,6 +23,7 @@ class FakeLM:
         self.config = Config.preset("tiny", vocab_size=size)
         self.tokenizer = tokenizer
         self.fed: list[list[int]] = []
+        self.pasts: dict[int, list[int]] = {7: []}  # the ids that a state has taken in, by the number that it is
         self.script: list[int] = []
         self.start = 0
         self._sharpness = sharpness
@@ -41,6 +42,7 @@ class FakeLM:
         for token in row:
             assert 0 <= token < self.config.vocab_size
             past = (past * 6364136223846793005 + token + 1442695040888963407) % 2**64
+        self.pasts[past] = self.pasts[int(state.layers[0][0])] + row
         position = int(state.position[0]) + len(row)
         logits = np.random.default_rng(past).normal(size=self.config.vocab_size) * self._sharpness
         if 0 <= position - self.start < len(self.script):

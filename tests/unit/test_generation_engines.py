@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bmojo_edge.config import Config
-from bmojo_edge.engine import LM, evaluate, state_nbytes
+from bmojo_edge.engine import LM, evaluate
 from bmojo_edge.generate import Continuation, stream
 from bmojo_edge.parameters import parameter_shapes
 from bmojo_edge.session import Session
@@ -66,7 +66,8 @@ def test_every_dtype_and_a_constant_state(tokenizer: Tokenizer, engine: str, dty
     for _ in session.say("Hello", max_tokens=25):
         sizes.add(session.nbytes)
     assert sizes == {lm.config.state_bytes()}
-    assert session.position == len(session._ids(2))
+    prompt = tokenizer.chat([{"role": "user", "content": "Hello"}])
+    assert session.position == session.moment.position == len(prompt) + len(session.turns[0].answer_ids)
     logits, state = lm.prefill(np.array([[1, 2, 3]], dtype=np.int32), lm.init_state())
     row = evaluate(logits, state)
     assert row.dtype == np.float32
@@ -102,6 +103,6 @@ def test_a_session_keeps_one_state_per_turn_and_no_more(tokenizer: Tokenizer) ->
     for text in ("Hello", "the river", "why?"):
         for _ in session.say(text, max_tokens=5):
             pass
-    assert [turn.before is not None for turn in session._turns] == [False, False, True]
-    assert [turn.prompted is not None for turn in session._turns] == [False, False, True]
-    assert state_nbytes(session._turns[-1].prompted) == lm.config.state_bytes()
+    assert [turn.before is not None for turn in session.turns] == [False, False, True]
+    assert session._start is not None and session._point.asked is not None
+    assert session._point.nbytes == 2 * lm.config.state_bytes()

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bmojo_edge.chat_template import ChatTemplateError
 from bmojo_edge.engine import state_nbytes
 from bmojo_edge.generate import PromptError, stream
+from bmojo_edge.moment import first_moment
 from bmojo_edge.sampling import SamplingError
-from bmojo_edge.session import Session
+from bmojo_edge.session import KEPT_TURNS, Session, SessionError
 from bmojo_edge.tokenizer import Tokenizer
 from tests.unit import tokenizer_folders
 from tests.unit.fake_lm import FakeLM
@@ -63,18 +62,20 @@ def say(session: Session, text: str, answer: str | None = None, end: int | None 
     return "".join(pieces)
 
 
+def ids_of(session: Session) -> list[int]:
+    """The ids of the conversation: those its state has taken in, and those that are to come."""
+    lm, now = session._lm, session.moment
+    assert isinstance(lm, FakeLM)
+    return [*lm.pasts[int(now.state.layers[0][0])], *now.pending]
+
+
 def check(session: Session) -> None:
-    """State and pending ids are those of the conversation's ids, and these are its text."""
-    lm, tokenizer = session._lm, session._tokenizer
-    ids = session._ids(2 * len(session._turns))
-    expected = lm.init_state()
-    if ids:
-        _, expected = FakeLM(tokenizer).prefill([ids], expected)
-    state = session._state
-    if session._pending:
-        _, state = FakeLM(tokenizer).prefill([session._pending], state)
-    assert state.layers == expected.layers
-    assert session.position == len(ids) == int(state.position[0])
+    """Position, hash and recent ids are those of the conversation's ids, and its turns are its messages."""
+    lm, ids, now = session._lm, ids_of(session), session.moment
+    fresh = first_moment(lm.init_state(), None).after(ids, now.state, now.pending, lm.config)
+    assert session.position == len(ids) == int(now.state.position[0]) + len(now.pending)
+    assert (now.recent, now.rolling_hash) == (fresh.recent, fresh.rolling_hash)
+    assert session.rolling_hash == f"{fresh.rolling_hash:016x}"
     assert session.nbytes == state_nbytes(lm.init_state())
     for turn, message in zip(session.turns, session.messages[-2 * len(session.turns) + 1 :: 2], strict=True):
         assert message == {"role": "assistant", "content": turn.answer}
@@ -117,7 +118,7 @@ def test_sampled_tokens_stay_as_sampled_and_the_text_is_the_templates(
         assert any(fed[i : i + len(ids) - 1] == ids[:-1] for i in range(len(fed)))
     if folder == "byte_level_folder":
         text = tokenizer.render_chat(session.messages, add_generation_prompt=False)
-        assert text.startswith(tokenizer.decode(session._ids(2 * 3)))
+        assert text.startswith(tokenizer.decode(ids_of(session)))
 
 
 @pytest.mark.parametrize("folder", ["sentencepiece_folder", "metaspace_folder"])
@@ -145,7 +146,7 @@ def test_the_penalty_counts_the_last_window_of_the_conversation(tokenizer: Token
     lm = FakeLM(tokenizer, sharpness=0.01)
     session = Session(lm)
     say(session, "Hello", "runs to the sea")
-    past = set(session._ids(2 * 1))
+    past = set(ids_of(session))
     assert len(past) < lm.config.window
     say(session, "x", repetition_penalty=1e6, max_tokens=30)
     assert not past & set(session.turns[-1].answer_ids)
@@ -180,7 +181,7 @@ def test_leaving_an_answer_keeps_what_was_said(tokenizer: Tokenizer, leave: int,
         assert list(answer) == []  # pyright: ignore[reportPossiblyUnboundVariable]
     check(session)
     text = tokenizer.render_chat(session.messages, add_generation_prompt=False)
-    assert text.startswith(tokenizer.decode(session._ids(2 * 3)))
+    assert text.startswith(tokenizer.decode(ids_of(session)))
 
 
 class Interrupted(FakeLM):
@@ -210,7 +211,7 @@ def test_ctrl_c_inside_the_model_leaves_a_conversation_that_goes_on(tokenizer: T
     assert say(session, "why", "x") == "x"
     check(session)
     text = tokenizer.render_chat(session.messages, add_generation_prompt=False)
-    assert text.startswith(tokenizer.decode(session._ids(2 * 3)))
+    assert text.startswith(tokenizer.decode(ids_of(session)))
 
 
 @pytest.mark.parametrize("stop", ["the", "e sea", "\n", "中", "r", "s 中😀"])
@@ -224,7 +225,7 @@ def test_a_stop_string_leaves_the_conversation_as_shown(tokenizer: Tokenizer, st
     assert say(session, "why", "x") == "x"
     check(session)
     whole = tokenizer.render_chat(session.messages, add_generation_prompt=False)
-    assert whole.startswith(tokenizer.decode(session._ids(2 * 2)))
+    assert whole.startswith(tokenizer.decode(ids_of(session)))
 
 
 def test_half_a_character_at_the_end(tokenizer: Tokenizer) -> None:
@@ -258,7 +259,7 @@ def test_a_template_that_drops_earlier_reasoning(tokenizer: Tokenizer) -> None:
     # Fed again: the last answer without its reasoning, and nothing before it.
     assert tokenizer.decode(lm.fed[0]) == "runs<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
     assert (
-        tokenizer.decode(session._ids(2 * 3))
+        tokenizer.decode(ids_of(session))
         == session._tokenizer.render_chat(
             [
                 {"role": "user", "content": "Hello"},
@@ -278,9 +279,9 @@ def test_a_template_that_moves_the_system_prompt_and_trims(tokenizer: Tokenizer)
     for question, answer in (("Hello", " ok \n"), ("the river", "runs"), ("why", "x ")):
         assert say(session, question, answer, end=0) == answer
         check(session)
-        assert tokenizer.decode(session._ids(2 * len(session.turns))).count("Be brief.") == 1
+        assert tokenizer.decode(ids_of(session)).count("Be brief.") == 1
     rendered = session._tokenizer.render_chat(session.messages[:-1])
-    assert tokenizer.decode(session._ids(2 * 3)) == rendered + "x "
+    assert tokenizer.decode(ids_of(session)) == rendered + "x "
 
 
 def test_a_date_in_the_template_stays_that_of_the_first_turn(
@@ -345,8 +346,7 @@ def test_rewinding_is_never_having_said_it(lm: FakeLM) -> None:
     say(session, "two", "2")
     assert session.rewind(2) is session
     assert session.messages == other.messages
-    assert session._state is not other._state
-    assert session._state.layers == other._state.layers
+    assert session.moment.state.layers == other.moment.state.layers
     assert say(session, "x", temperature=1.0, seed=0) == say(other, "x", temperature=1.0, seed=0)
     check(session)
 
@@ -375,57 +375,145 @@ def test_a_fork_of_an_answer_in_progress_ends_there_and_the_answer_goes_on(lm: F
     check(session)
 
 
-def replay(lm: FakeLM, script: list[tuple[str, int]]) -> Session:
-    session = Session(lm, system="s")
-    for text, seed in script:
-        say(session, text, temperature=1.5, seed=seed, max_tokens=5)
-    return session
-
-
-@settings(max_examples=60)
-@given(
-    data=st.data(),
-    budget=st.sampled_from([0, 30, 70, 10**6]),
-    template=st.sampled_from([tokenizer_folders.CHATML, THINKING, MOVING]),
-)
-def test_any_forks_and_rewinds_give_conversations_like_fresh_ones(
-    tokenizer: Tokenizer, data: st.DataObject, budget: int, template: str
-) -> None:
-    lm = FakeLM(with_template(tokenizer, template))
-    sessions: list[tuple[Session, list[tuple[str, int]]]] = [(Session(lm, "s", snapshot_bytes=budget), [])]
-    for _ in range(data.draw(st.integers(1, 10))):
-        session, script = data.draw(st.sampled_from(sessions))
-        step = data.draw(st.sampled_from(["say", "say", "say", "fork", "rewind"]))
-        if step == "say":
-            script.append((data.draw(st.sampled_from(["a</think>", "the river", "中"])), data.draw(st.integers(0, 9))))
-            say(session, script[-1][0], temperature=1.5, seed=script[-1][1], max_tokens=5)
-        elif step == "fork":
-            sessions.append((session.fork(), list(script)))
-        else:
-            n = data.draw(st.integers(0, len(script)))
-            session.rewind(n)
-            del script[len(script) - n :]
-    for session, script in sessions:
-        check(session)
-        fresh = replay(lm, script)
-        assert session.messages == fresh.messages
-        assert session._ids(2 * len(script)) == fresh._ids(2 * len(script))
-
-
 def test_kept_states_stay_within_their_budget(lm: FakeLM) -> None:
     one = state_nbytes(lm.init_state())
-    session = Session(lm, snapshot_bytes=3 * one)
+    session = Session(lm, system="s", snapshot_bytes=3 * one).read()
     for i in range(6):
         say(session, f"{i}", "ok")
     assert [turn.before is not None for turn in session.turns] == [False] * 2 + [True] * 4
     lm.fed.clear()
-    session.rewind(2)
+    before = session.rolling_hash
+    with pytest.raises(SessionError, match=r"turns: only the last 4 of the 6 exchanges .*snapshot_bytes is 72"):
+        session.rewind(5)
+    assert session.rolling_hash == before
+    session.rewind(4)
     assert lm.fed == []
-    session.rewind(3)  # further than states are kept
     check(session)
     say(session, "x", "y")
     check(session)
-    assert [m["content"] for m in session.messages] == ["0", "ok", "x", "y"]
+    assert [m["content"] for m in session.messages] == ["s", "0", "ok", "1", "ok", "x", "y"]
+    session.rewind(3)  # the start is kept as long as nothing before it is forgotten
+    assert session.messages == [{"role": "system", "content": "s"}]
+    check(session)
+
+
+def test_memory_of_a_long_conversation_is_bounded(lm: FakeLM, tokenizer: Tokenizer) -> None:
+    """Old exchanges are forgotten, and what is fed for a new one stays the same."""
+    session = Session(lm, system="s", snapshot_bytes=0)
+    for i in range(KEPT_TURNS + 20):
+        lm.fed.clear()
+        say(session, f"{i:03}", "ok")
+        check(session)
+        question = f"<|im_start|>user\n{i:03}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(lm.fed[0]) == ("<|im_end|>\n" if i else "<|im_start|>system\ns<|im_end|>\n") + question
+    assert len(session.turns) == KEPT_TURNS + 1
+    assert session.turns[-1].user == f"{KEPT_TURNS + 19:03}"
+    assert len(session.moment.recent) <= lm.config.window + 1
+    with pytest.raises(ValueError, match=f"between 0 and the {KEPT_TURNS + 20} there are"):
+        session.rewind(KEPT_TURNS + 21)
+    with pytest.raises(SessionError, match=f"only the last 1 of the {KEPT_TURNS + 20} exchanges"):
+        session.rewind(KEPT_TURNS + 20)
+    session.rewind()
+    check(session)
+
+
+@pytest.mark.parametrize("template", [THINKING, MOVING])
+def test_a_template_that_rewrites_keeps_what_it_rewrites(tokenizer: Tokenizer, template: str) -> None:
+    lm = FakeLM(with_template(tokenizer, template))
+    session = Session(lm, system="s", snapshot_bytes=0)
+    for i in range(KEPT_TURNS + 6):
+        say(session, f"{i}", "hm</think>ok", max_tokens=50)
+    # Qwen3's rewrites the last answer only; a system prompt that moves rewrites all there is.
+    assert len(session.turns) == KEPT_TURNS + (6 if template == MOVING else 1)
+    expected = lm.tokenizer.render_chat(session.messages[:-1]) if lm.tokenizer else ""
+    assert tokenizer.decode(ids_of(session)).endswith(expected[-100:] + "hm</think>ok")
+
+
+# --- reading ahead, regenerating, editing
+
+
+def test_a_prefix_is_read_once_and_forked(lm: FakeLM, tokenizer: Tokenizer) -> None:
+    base = Session(lm, system="Be brief.").read("A book.\n\n")
+    assert tokenizer.decode(lm.all_fed()) == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA book.\n\n"
+    lm.fed.clear()
+    for text in ("Hello", "why?"):
+        twin = base.fork()
+        say(twin, text, "ok")
+        check(twin)
+        assert tokenizer.decode(lm.fed[0]) == text + "<|im_end|>\n<|im_start|>assistant\n"
+        lm.fed.clear()
+        say(twin, "more", "ok")
+        assert tokenizer.decode(lm.fed[0]).startswith("<|im_end|>\n<|im_start|>user\nmore")
+        twin.rewind(2)
+        assert twin.rolling_hash == base.rolling_hash
+        lm.fed.clear()
+    assert base.turns == ()
+    whole = tokenizer.decode(ids_of(base.read(" More.")))
+    assert whole.endswith("A book.\n\n More.")
+    say(base, "Hello", "ok")
+    with pytest.raises(SessionError, match="before the first question"):
+        base.read("x")
+
+
+def test_reading_ahead_is_refused_where_the_beginning_moves(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SessionError, match="moves what stands before the first question"):
+        Session(FakeLM(with_template(tokenizer, MOVING)), system="s").read("x")
+
+
+def test_regenerating_draws_anew_and_rewinding_draws_the_same(lm: FakeLM) -> None:
+    session = Session(lm, seed=5)
+    say(session, "Hello", "ok")
+    first = say(session, "the river", temperature=2.0)
+    others = {"".join(session.regenerate(temperature=2.0, max_tokens=12)) for _ in range(5)}
+    assert len(others | {first}) == 6
+    assert len(session.turns) == 2
+    check(session)
+    assert "".join(session.regenerate(max_tokens=12)) == say(session.rewind(), "the river")
+    session.rewind(2)
+    say(session, "Hello", "ok")
+    assert say(session, "the river", temperature=2.0) == first
+    with pytest.raises(SessionError, match="no answer yet"):
+        Session(lm).regenerate()
+
+
+def test_forks_draw_numbers_of_their_own(lm: FakeLM) -> None:
+    session, other = Session(lm, seed=5), Session(lm, seed=5)
+    said = [say(session.fork(), "Hello", temperature=2.0) for _ in range(3)]
+    assert len({*said, say(session, "Hello", temperature=2.0)}) == 4
+    assert said == [say(other.fork(), "Hello", temperature=2.0) for _ in range(3)]
+    assert session.messages != (say(other, "x", temperature=2.0), other.messages)[1]
+
+
+def test_editing_replaces_a_question_and_all_after_it(lm: FakeLM) -> None:
+    session, ref = Session(lm), Session(lm)
+    for text in ("one", "two", "three"):
+        say(session, text, temperature=1.0, seed=1)
+    say(ref, "one", temperature=1.0, seed=1)
+    edited = "".join(session.edit("TWO", turns=2, max_tokens=12, temperature=1.0, seed=2))
+    assert edited == say(ref, "TWO", temperature=1.0, seed=2)
+    assert session.messages == ref.messages
+    assert session.rolling_hash == ref.rolling_hash
+    check(session)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("x", 0), "at least 1"), (("x", 3), "between 0 and the 2"), ((3, 1), "must be a string"), (("bad", 1), "no")],
+)
+def test_an_edit_that_is_refused_changes_nothing(tokenizer: Tokenizer, arguments: tuple[Any, int], says: str) -> None:
+    refusing = "{% if messages[-1]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    session = Session(FakeLM(with_template(tokenizer, refusing + tokenizer_folders.CHATML)))
+    say(session, "Hello", "ok")
+    say(session, "Hello", "ok")
+    before, messages = session.rolling_hash, session.messages
+    with pytest.raises(ValueError, match=says):
+        session.edit(*arguments)
+    with pytest.raises(SamplingError, match="top_p"):
+        session.edit("x", top_p=2)
+    with pytest.raises(SamplingError, match="top_p"):
+        session.regenerate(top_p=2)
+    assert (session.rolling_hash, session.messages) == (before, messages)
+    check(session)
 
 
 def test_turns_are_copies(lm: FakeLM) -> None:

@@ -60,11 +60,11 @@ def train(settings: TrainConfig, resume: bool = False, watch: Callable[[Record],
     """
     trackers.check(settings)
     with World.start(settings.system.device) as world, _folder(settings, resume, world), _determinism(settings):
-        run = _Run(settings, world, watch)
+        trainer = Trainer(settings, world, watch)
         try:
-            return run.to_the_end(resume)
+            return trainer.run(resume)
         finally:
-            run.close()
+            trainer.close()
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def _changed(model: Model, fields: dict[str, Any]) -> Model:
     return other
 
 
-class _Run:
-    """One process's part of a run."""
+class Trainer:
+    """One process's part of a run: model, optimizer, rows and carried states. `train` makes one and runs it."""
 
     def __init__(self, settings: TrainConfig, world: World, watch: Callable[[Record], None] | None) -> None:
         self.settings, self.world, self.watch = settings, world, watch
@@ -180,6 +180,7 @@ class _Run:
         return Stream(data, settings.data.sequence_length, 1, align, carry=False, seed=None)
 
     def close(self) -> None:
+        """End the log and what follows it."""
         self.reader.shutdown(wait=False, cancel_futures=True)
         for close in self.closers:
             close()
@@ -188,14 +189,15 @@ class _Run:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def to_the_end(self, resume: bool) -> Path:
+    def run(self, resume: bool) -> Path:
+        """Train from the last checkpoint or from the beginning to the end; the folder of the model."""
         settings, step = self.settings, self._resume() if resume else 0
         self._open_log(step if resume else None)
         ahead = self._ahead(step)
         while step < settings.steps:
             begun, rows = time.perf_counter(), ahead.result()
             ahead = self._ahead(step + 1)
-            loss, norm, rate = self._step(step, rows)
+            loss, norm, rate = self.step(step, rows)
             step += 1
             self._record(step, loss, norm, rate, time.perf_counter() - begun)
             last = step == settings.steps
@@ -210,12 +212,14 @@ class _Run:
         return self.out / MODEL
 
     def _ahead(self, step: int) -> Future[list[Rows]]:
-        """The rows of a step, read in the background."""
-        first = self.world.rank * self.own
-        begins = range(first, first + self.own, self.at_once)
-        return self.reader.submit(lambda: [self.stream.rows(step, begin, self.at_once) for begin in begins])
+        return self.reader.submit(self.batches, step)
 
-    def _step(self, step: int, batches: list[Rows]) -> tuple[float, float, float]:
+    def batches(self, step: int) -> list[Rows]:
+        """This process's rows of a step, as many at a time as it computes."""
+        first = self.world.rank * self.own
+        return [self.stream.rows(step, begin, self.at_once) for begin in range(first, first + self.own, self.at_once)]
+
+    def step(self, step: int, batches: list[Rows]) -> tuple[float, float, float]:
         """Loss, norm of the gradient and learning rate of a step; changes the parameters unless one is not finite."""
         device, parameters = self.world.device, list(self.parallel.model.parameters())
         targets = sum(int((rows.targets != NO_TARGET).sum()) for rows in batches)

@@ -168,3 +168,9 @@ def rounded(weights: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarr
 
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return {name: w.astype(kind).astype(np.float32) for name, w in weights.items()}
+
+
+def as_stored(weights: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Weights as a checkpoint of `dtype` holds them: what the scan is made of stays float32."""
+    kept = {name: w for name, w in weights.items() if name.endswith((".A_log", ".D", ".dt_proj.bias"))}
+    return rounded(weights, dtype) | kept

@@ -44,24 +44,29 @@ class Block(nn.Module):
             dense = config.experts_of(layer) is None
             self.mlp = MLP(config, dtype) if dense else MixtureOfExperts(config, layer, dtype)
 
-    def _normed(self, h: mx.array) -> mx.array:
-        """What the mixer reads: unrounded where innovation looks at it."""
-        unrounded = isinstance(self.mixer, BMojo) and self.mixer.reads_input
-        return self.norm(h.astype(mx.float32) if unrounded else h)
-
-    def _add_mlp(self, h: mx.array) -> mx.array:
-        return h + self.mlp(self.mlp_norm(h)) if "mlp" in self else h
+    def _read_in(self, h: mx.array) -> mx.Dtype:
+        """The dtype in which the mixer reads: unrounded where innovation looks at it."""
+        return mx.float32 if isinstance(self.mixer, BMojo) and self.mixer.reads_input else h.dtype
 
     def __call__(self, h: mx.array, state: Any, layout: Layout, forced: mx.array | None = None) -> BlockResult:
         """h (b, t, d) after the layer's `state`; forced (b, c, e): eidetic sets to take."""
-        u, remembered = self._normed(h), None
+        u, remembered = self.norm(h.astype(self._read_in(h))), None
         if isinstance(self.mixer, BMojo):
             out, state, remembered = self.mixer(u, state, layout, forced)
         else:
             out, state = self.mixer(u, state, layout)
-        return BlockResult(self._add_mlp(h + out), state, remembered)
+        h = h + out
+        return BlockResult(h + self.mlp(self.mlp_norm(h)) if "mlp" in self else h, state, remembered)
 
-    def step(self, h: mx.array, state: Any, step: Step) -> tuple[mx.array, Any]:
-        """One token: h (b, d)."""
-        out, state = self.mixer.step(self._normed(h), state, step)
-        return self._add_mlp(h + out), state
+    def step(self, h: mx.array, added: mx.array | None, state: Any, step: Step) -> tuple[mx.array, mx.array, Any]:
+        """One token: h (b, d), to which `added` is still to be added; h, what is to be added to it, and the state.
+
+        A sum and the norm after it are one operation, across layers.
+        """
+        dtype = self._read_in(h)
+        h, u = (h, self.norm(h.astype(dtype))) if added is None else self.norm.of_sum(h, added, dtype)
+        out, state = self.mixer.step(u, state, step)
+        if "mlp" not in self:
+            return h, out, state
+        h, u = self.mlp_norm.of_sum(h, out, h.dtype)
+        return h, self.mlp(u), state

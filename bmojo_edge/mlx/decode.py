@@ -130,10 +130,10 @@ class Decoder:
 def run_step(model: Model, token: mx.array, states: tuple[Any, ...], step: Step) -> tuple[mx.array, tuple[Any, ...]]:
     """Logits (b, v) after one token (b,) of each row, and the layers' states."""
     token = token if step.active is None else mx.where(step.active, token, 0)
-    h, moved = model.embed(token), []
+    h, added, moved = model.embed(token), None, []
     for layer, state in zip(model.layers, states, strict=True):
-        h, state = layer.step(h, state, step)
+        h, added, state = layer.step(h, added, state, step)
         moved.append(state)
-    out = model.norm(h)
+    out = model.norm(h) if added is None else model.norm.of_sum(h, added, h.dtype)[1]
     out = out if step.active is None else mx.where(step.active[:, None], out, mx.array(0, out.dtype))
     return model.head(out), tuple(moved)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.ops import rms_norm, swiglu
+from bmojo_edge.mlx import ops
+from bmojo_edge.mlx.ops import Linear, Unrounded, add_rms_norm, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +25,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, h: mx.array, x: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """h + x (b, d), and its norm in `dtype`."""
+        return add_rms_norm(h, x, self.weight, self.eps, dtype)
+
 
 def linear(d_in: int, d_out: int, bias: bool, dtype: mx.Dtype) -> nn.Linear:
     """A linear layer with its parameters in `dtype`."""
@@ -31,13 +37,25 @@ def linear(d_in: int, d_out: int, bias: bool, dtype: mx.Dtype) -> nn.Linear:
     return layer
 
 
-def linear_wide(layer: Any, x: mx.array) -> mx.array:
-    """A linear layer of x (..., in) in float32: the result is not rounded to the dtype of the weights."""
-    x = x.astype(mx.float32)
-    if isinstance(layer, nn.QuantizedLinear):  # promotes its scales by itself
-        return layer(x)
-    weight = layer.weight.astype(mx.float32).T
-    return mx.addmm(layer.bias.astype(mx.float32), x, weight) if "bias" in layer else x @ weight
+def stored(layer: Any) -> Linear:
+    """The parameters of a linear layer, quantised or not."""
+    bias = layer.bias if "bias" in layer else None
+    if isinstance(layer, nn.QuantizedLinear):
+        return Linear(layer.weight, bias, layer.scales, layer.biases, layer.group_size, layer.bits)
+    return Linear(layer.weight, bias)
+
+
+Project = Callable[[Any, mx.array], Any]  # how a mixer's last layer is computed: `apply` or `linear_wide`
+
+
+def apply(layer: Any, x: mx.array) -> mx.array:
+    """A layer of x, rounded to its dtype as layers do by themselves."""
+    return layer(x)
+
+
+def linear_wide(layer: Any, x: mx.array) -> Unrounded:
+    """A linear layer of x (..., in), before and after rounding to the dtype of x."""
+    return ops.linear_wide(x, stored(layer))
 
 
 class Heads(NamedTuple):
@@ -170,7 +188,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(experts.n, config, dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        shares = mx.softmax(linear_wide(self.router, x), axis=-1)  # (..., n)
+        shares = mx.softmax(linear_wide(self.router, x).wide, axis=-1)  # (..., n)
         chosen = mx.argsort(-shares, axis=-1)[..., : self.per_token]
         weights = mx.take_along_axis(shares, chosen, axis=-1)[..., None]
         return (self.experts(x, chosen).astype(mx.float32) * weights).sum(-2).astype(x.dtype)

@@ -24,6 +24,7 @@ from bmojo_edge.mlx.ops import (
     memory_attention_step,
     rotary,
     rotate,
+    rotate_token,
     select_eidetic,
 )
 from bmojo_edge.rope import softmax_scale
@@ -197,23 +198,22 @@ def step_memories(
 
     scores (b, w): the ring of scores with the token's in it, None without eidetic memory.
     """
-    w, f, s, at = config.window, config.fading, config.n_sinks, step.rotary
+    w, s = config.window, config.n_sinks
     fading, sinks, eidetic = state.fading, state.sinks, state.eidetic
     if scores is not None and step.promotes is not None:  # before the token takes the place of one that leaves
         eidetic = promote(config, state, step.position, step.offset, step.promotes)
-    k, v = put(state.window.k, rotate(x.k, at), step), put(state.window.v, x.v, step)
+    turned = _rotated(config, x, step)
+    k, v = put(state.window.k, turned.k, step), put(state.window.v, x.v, step)
     window = WindowState(k, v, () if scores is None else scores)
-    if f and x.k_fading is not None and x.v_fading is not None:
-        fading = FadingState(put(state.fading.k, rotate(x.k_fading, at), step), put(state.fading.v, x.v_fading, step))
+    if turned.k_fading is not None and x.v_fading is not None:
+        fading = FadingState(put(state.fading.k, turned.k_fading, step), put(state.fading.v, x.v_fading, step))
     if s and step.opening:
         sinks = _opened(sinks, x, step)
-    q = rotate(x.q, at)
-    memories = {"window": slots_seen(q, window.k, window.v, step)}
+    memories = {"window": slots_seen(turned.q, window.k, window.v, step)}
     if step.aged and fading:  # () in a layer without an SSM
-        q_fading = q if x.q_fading is x.q else rotate(x.q_fading, at)
-        memories["fading"] = slots_seen(q_fading, fading.k, fading.v, step, near=w)
+        memories["fading"] = slots_seen(turned.q_fading, fading.k, fading.v, step, near=w)
     if step.aged and (s or scores is not None):
-        q = pinned_query(config, x.q)
+        q = turned.q_pinned
         if s:
             memories["sinks"] = Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s))
         if scores is not None:
@@ -222,6 +222,32 @@ def step_memories(
         step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))
     o = memory_attention_step(list(memories.values()), step.position, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
+
+
+class _Rotated(NamedTuple):
+    """A token's queries and keys at its position, and its queries as they meet unrotated keys."""
+
+    q: mx.array  # (b, h, 1, p)
+    k: mx.array  # (b, g, 1, p)
+    q_pinned: mx.array  # (b, h, 1, p), q itself where nothing is pinned yet
+    q_fading: mx.array  # (b, h, 1, p)
+    k_fading: mx.array | None  # (b, g, 1, p), None without fading memory
+
+
+def _rotated(config: Config, x: Projected, step: Step) -> _Rotated:
+    at, pinned = step.rotary, pinned_rotary(config)
+    k_fading = x.k_fading if config.fading else None
+    if at is None or pinned is None:
+        return _Rotated(x.q, x.k, x.q, x.q_fading, k_fading)
+    wanted = {"q": (x.q, at), "k": (x.k, at)}
+    if step.aged and (config.n_sinks or config.n_eidetic):
+        wanted["q_pinned"] = x.q, pinned
+    if k_fading is not None:
+        wanted["k_fading"] = k_fading, at
+        if step.aged and x.q_fading is not x.q:
+            wanted["q_fading"] = x.q_fading, at
+    turned = dict(zip(wanted, rotate_token(*zip(*wanted.values(), strict=True)), strict=True))
+    return _Rotated(**{"q_pinned": x.q, "q_fading": turned["q"], "k_fading": None, **turned})
 
 
 def slots_seen(q: mx.array, k: mx.array, v: mx.array, step: Step, near: int = 0) -> Slots:

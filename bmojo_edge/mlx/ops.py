@@ -18,15 +18,24 @@ import numpy as np
 import bmojo_metal
 from bmojo_metal import Band as Band
 from bmojo_metal import Eidetic as Eidetic
+from bmojo_metal import Linear as Linear
+from bmojo_metal import MambaWeights as MambaWeights
 from bmojo_metal import Pinned as Pinned
 from bmojo_metal import Queries as Queries
 from bmojo_metal import Ring as Ring
+from bmojo_metal import Rotary as Rotary
 from bmojo_metal import Slots as Slots
+from bmojo_metal import Unrounded as Unrounded
+from bmojo_metal import add_rms_norm as add_rms_norm
 from bmojo_metal import innovation_scores as innovation_scores
 from bmojo_metal import innovation_step as innovation_step
+from bmojo_metal import linear_wide as linear_wide
 from bmojo_metal import memory_attention as memory_attention
 from bmojo_metal import memory_attention_step as memory_attention_step
 from bmojo_metal import promote as promote
+from bmojo_metal import rotate as rotate
+from bmojo_metal import rotate_token as rotate_token
+from bmojo_metal import scan_inputs as scan_inputs
 from bmojo_metal import selective_scan as selective_scan
 from bmojo_metal import selective_scan_step as selective_scan_step
 from bmojo_metal import silu_conv as silu_conv
@@ -49,13 +58,6 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 # --- rotary positions (docs/model.md section 3, step 4) ---------------------------------------------------------------
 
 
-class Rotary(NamedTuple):
-    """Cosine and sine of each pair's angle at some positions, as the two halves of a head need them."""
-
-    cos: mx.array  # (b, 1, n, 1, p / 2) float32
-    sin: mx.array  # (b, 1, n, 2, p / 2) float32: minus the sine, then the sine
-
-
 def rotary(positions: mx.array, turns: mx.array) -> Rotary:
     """Angles of positions (b, n) int64 at `turns` (p / 2,) uint64, in 2^-64 of a turn a token.
 
@@ -65,16 +67,6 @@ def rotary(positions: mx.array, turns: mx.array) -> Rotary:
     angle = (phase.astype(mx.float32) * (2 * math.pi / 2.0**64))[:, None, :, None]
     sin = mx.sin(angle)
     return Rotary(mx.cos(angle), mx.concatenate([-sin, sin], axis=-2))
-
-
-def rotate(x: mx.array, at: Rotary | None, inverse: bool = False) -> mx.array:
-    """Rotate the pairs (j, j + p/2) of x (b, heads, n, p), in float32, back to x's dtype; `at` None: as it is."""
-    if at is None:
-        return x
-    halves = x.reshape(*x.shape[:-1], 2, -1)
-    turned = halves[..., ::-1, :] * at.sin
-    rotated = halves * at.cos - turned if inverse else halves * at.cos + turned
-    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 # --- eidetic choice (step 6) ------------------------------------------------------------------------------------------

@@ -8,22 +8,35 @@ from bmojo_metal.attention import Band, Pinned, Queries, memory_attention
 from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
 from bmojo_metal.launch import kernels_available, use_kernels
-from bmojo_metal.scan import selective_scan, selective_scan_step
+from bmojo_metal.linear import Linear, Unrounded, linear_wide
+from bmojo_metal.norm import add_rms_norm
+from bmojo_metal.rotation import Rotary, rotate, rotate_token
+from bmojo_metal.scan import selective_scan
+from bmojo_metal.scan_step import MambaWeights, scan_inputs, selective_scan_step
 from bmojo_metal.selection import Eidetic, Ring, innovation_scores, innovation_step, promote, select_eidetic
 
 __all__ = [
     "Band",
     "Eidetic",
+    "Linear",
+    "MambaWeights",
     "Pinned",
     "Queries",
     "Ring",
+    "Rotary",
     "Slots",
+    "Unrounded",
+    "add_rms_norm",
     "innovation_scores",
     "innovation_step",
     "kernels_available",
+    "linear_wide",
     "memory_attention",
     "memory_attention_step",
     "promote",
+    "rotate",
+    "rotate_token",
+    "scan_inputs",
     "select_eidetic",
     "selective_scan",
     "selective_scan_step",

@@ -19,7 +19,11 @@ from bmojo_metal.attention import Band, Pinned, Queries, memory_attention
 from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
 from bmojo_metal.launch import FLOATS, use_kernels
-from bmojo_metal.scan import selective_scan, selective_scan_step
+from bmojo_metal.linear import Linear, linear_wide
+from bmojo_metal.norm import add_rms_norm
+from bmojo_metal.rotation import Rotary, rotate_token
+from bmojo_metal.scan import selective_scan
+from bmojo_metal.scan_step import MambaWeights, selective_scan_step
 from bmojo_metal.selection import Eidetic, Ring, innovation_scores, innovation_step, promote, select_eidetic
 
 # RMS error over RMS allowed. In float32 orders of summing and two libraries' exp differ; nothing is rounded besides.
@@ -91,14 +95,18 @@ class Inputs:
     wide: bool
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(7))
 
-    def __call__(self, *shape: int) -> mx.array:
+    def __call__(self, *shape: int, deviation: float = 1.0) -> mx.array:
         """Normal values in the dtype."""
-        x = self.float32(*shape).astype(self.dtype)
+        return self.rounded(self.float32(*shape, deviation=deviation))
+
+    def rounded(self, x: mx.array) -> mx.array:
+        """Values as the dtype has them."""
+        x = x.astype(self.dtype)
         return x.astype(mx.float32) if self.wide else x
 
-    def float32(self, *shape: int) -> mx.array:
+    def float32(self, *shape: int, deviation: float = 1.0) -> mx.array:
         """Normal values in float32 whatever the dtype."""
-        return mx.array(self.random.standard_normal(shape).astype(np.float32))
+        return mx.array((self.random.standard_normal(shape) * deviation).astype(np.float32))
 
 
 # --- the ops ----------------------------------------------------------------------------------------------------------
@@ -121,9 +129,53 @@ def _ragged(b: int, t: int) -> mx.array:
     return mx.array([t - i * t // max(b - 1, 1) for i in range(b)], mx.int32)
 
 
-def _step(x: mx.array, *rest: Any) -> Sequence[mx.array]:
-    steps, A_log, B, C, D, gate, state = rest
-    return selective_scan_step(x[:, 0], steps[:, 0], A_log, B[:, 0], C[:, 0], D, gate[:, 0], state)
+def _mamba(z: Sizes) -> Callable[[Inputs], tuple[Any, ...]]:
+    """One token of a block whose dt has rank n; a row of several rests."""
+
+    def arguments(new: Inputs) -> tuple[Any, ...]:
+        A_log = mx.broadcast_to(mx.log(mx.arange(1, z.n + 1, dtype=mx.float32)), (z.d, z.n))
+        x_proj, dt_proj = new(3 * z.n, z.d, deviation=z.d**-0.5), new(z.d, z.n, deviation=z.n**-0.5)
+        weights = MambaWeights(
+            new(z.d, 4),
+            new(z.d),
+            Linear(x_proj),
+            Linear(dt_proj, new.float32(z.d) - 2),
+            (new(z.n), new(z.n), new(z.n)),
+            1e-5,
+            mx.contiguous(A_log),
+            new.float32(z.d),
+        )
+        active = mx.array([i != 1 for i in range(z.b)])
+        return new(z.b, 2 * z.d), new(z.b, 3, z.d), new.float32(z.b, z.d, z.n), weights, active
+
+    return arguments
+
+
+def _packed(z: Sizes, bits: int) -> Callable[[Inputs], tuple[Any, ...]]:
+    """A vector of whole groups of 32 and a weight that is packed, or is not (bits 0), with a bias."""
+    k = -(-z.d // 32) * 32
+
+    def arguments(new: Inputs) -> tuple[Any, ...]:
+        x, weight, bias = new(z.b, k), new(z.d, k), new(z.d)
+        if not bits:
+            return x, Linear(weight, bias)
+        packed, scales, offsets = mx.quantize(weight.astype(mx.float32), 32, bits, stream=mx.cpu)  # alike everywhere
+        return x, Linear(packed, bias, *(new.rounded(y) for y in (scales, offsets)), 32, bits)
+
+    return arguments
+
+
+def _turns(z: Sizes) -> Callable[[Inputs], tuple[Any, ...]]:
+    def arguments(new: Inputs) -> tuple[Any, ...]:
+        def rotary(rows: int) -> Rotary:
+            angle = new.float32(rows, 1, 1, 1, z.p // 2)
+            return Rotary(mx.cos(angle), mx.concatenate([-mx.sin(angle), mx.sin(angle)], axis=-2))
+
+        own, pinned = rotary(z.b), rotary(1)
+        q, k, faded = new(z.b, z.h, 1, z.p), new(z.b, z.g, 1, z.p), new(z.b, z.g, 1, z.p)
+        return [q, k, q, faded], [own, own, pinned, own]
+
+    return arguments
 
 
 def _slots(z: Sizes) -> Callable[[Inputs], tuple[Any, ...]]:
@@ -220,7 +272,16 @@ def cases(sizes: Sequence[Sizes], dtypes: Sequence[mx.Dtype] = FLOATS) -> Iterat
 
             yield Case("silu_conv", dtype, z, conv, silu_conv)
             yield Case("selective_scan", dtype, z, _scan_arguments(z, z.t), selective_scan)
-            yield Case("selective_scan_step", dtype, z, _scan_arguments(z, 1), _step)
+            yield Case("selective_scan_step", dtype, z, _mamba(z), selective_scan_step)
+            if dtype != mx.float32:  # weights of 32 bits are left to MLX
+                for bits in (0, 4, 8):
+                    yield Case(f"linear_wide, {bits or 16} bits", dtype, z, _packed(z, bits), linear_wide)
+            yield Case("rotate_token", dtype, z, _turns(z), rotate_token)
+
+            def add_norm(new: Inputs, z: Sizes = z, dtype: mx.Dtype = dtype) -> tuple[Any, ...]:
+                return new(z.b, z.d), new(z.b, z.d), new(z.d), 1e-5, mx.float32 if new.wide else dtype
+
+            yield Case("add_rms_norm", dtype, z, add_norm, add_rms_norm)
             yield Case("memory_attention", dtype, z, _prefill(z), lambda *x: [memory_attention(*x)])
             yield Case("memory_attention_step", dtype, z, _one_token(z), lambda *x: [memory_attention_step(*x)])
             yield Case("promote", dtype, z, _slots(z), _promoted)

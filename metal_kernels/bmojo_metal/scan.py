@@ -65,28 +65,6 @@ def selective_scan(
     return run(x, dt, A_log, B, C, D, z, state)
 
 
-def selective_scan_step(
-    x: mx.array,
-    dt: mx.array,
-    A_log: mx.array,
-    B: mx.array,
-    C: mx.array,
-    D: mx.array,
-    z: mx.array,
-    state: mx.array,
-    active: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    """One token of `selective_scan` without its axis: x, dt, z (b, d), B, C (b, n).
-
-    active (b,) bool: rows that rest keep their state bit for bit and give 0.
-    """
-    if x.ndim != 2:
-        raise ValueError(f"selective_scan_step: x must be (b, d), got {x.shape}")
-    lengths = None if active is None else active.astype(mx.int32)
-    y, state = selective_scan(x[:, None], dt[:, None], A_log, B[:, None], C[:, None], D, z[:, None], state, lengths)
-    return y[:, 0], state
-
-
 def _check(
     op: str,
     x: mx.array,

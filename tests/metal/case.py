@@ -11,7 +11,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from bmojo_metal import use_kernels
+from bmojo_metal import Linear, use_kernels
 from metal_kernels.host import Run
 from metal_kernels.host.install import installed
 from tests.helpers import rms_ratio
@@ -31,7 +31,7 @@ def kernels(run: Run | None = None) -> Iterator[None]:
 class Case:
     """An op's call and its references: float64, within `bounds`, or integers, to be met exactly.
 
-    kernels: names of the bodies that the call runs.
+    kernels: names of the bodies that the call runs; plain: by how much more the plain op may err, which rounds halfway.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Case:
     call: Callable[[], Sequence[mx.array]]
     references: Sequence[np.ndarray]
     bounds: Sequence[float]
+    plain: float = 1.0
 
     def verify(self, run: Run) -> list[np.ndarray]:
         """Runs the kernels, compares every output, and returns them."""
@@ -47,20 +48,32 @@ class Case:
         self.compare(outputs)
         return outputs
 
-    def compare(self, outputs: Sequence[Any]) -> None:
-        """Every output is what it must be."""
+    def compare(self, outputs: Sequence[Any], slack: float = 1.0) -> None:
+        """Every output is what it must be, its error at most `slack` times its bound."""
         for i, (got, want, bound) in enumerate(zip(outputs, self.references, self.bounds, strict=True)):
             if np.issubdtype(want.dtype, np.integer):
                 np.testing.assert_array_equal(got, want, err_msg=f"{self.name}: output {i}")
             else:
-                ratio = rms_ratio(got, want)
-                assert ratio <= bound, f"{self.name}: output {i} has RMS-error ratio {ratio:.2e}, more than {bound:.0e}"
+                ratio, most = rms_ratio(got, want), bound * slack
+                assert ratio <= most, f"{self.name}: output {i} has RMS-error ratio {ratio:.2e}, more than {most:.0e}"
 
 
 def rounded(x: Any, dtype: str) -> np.ndarray:
     """Values that the dtype holds, as float64 for an oracle."""
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     return np.asarray(x).astype(kind).astype(np.float64)
+
+
+def linear_of(weight: np.ndarray, dtype: str, bits: int = 0) -> tuple[np.ndarray, Linear]:
+    """A weight (n, k) as it acts, and as it is stored: in the dtype, or packed in groups of 32 with scales in it."""
+    if not bits:
+        return weight, Linear(to_mlx(weight, dtype))
+    packed, scales, offsets = mx.quantize(to_mlx(weight), group_size=32, bits=bits)
+    scales, offsets = (x.astype(getattr(mx, dtype)) for x in (scales, offsets))
+    levels = mx.dequantize(packed, mx.ones_like(scales), mx.zeros_like(scales), group_size=32, bits=bits)
+    scale, offset = (np.repeat(np.array(x.astype(mx.float32), np.float64), 32, axis=1) for x in (scales, offsets))
+    acts = np.array(levels.astype(mx.float32), np.float64) * scale + offset
+    return acts, Linear(packed, None, scales, offsets, 32, bits)
 
 
 def to_mlx(x: np.ndarray, dtype: str = "float32") -> mx.array:

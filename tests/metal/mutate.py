@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 from bmojo_metal import launch
 from metal_kernels.host import CompileError, KernelError, LintError, Run, TypeCheckError
-from tests.metal import attention_cases, selection_cases, ssm_cases
+from tests.metal import attention_cases, selection_cases, ssm_cases, token_cases
 from tests.metal.case import Case
 
-CASES: list[Case] = [*ssm_cases.cases(), *selection_cases.cases(), *attention_cases.cases()]
+CASES: list[Case] = [*ssm_cases.cases(), *token_cases.cases(), *selection_cases.cases(), *attention_cases.cases()]
 
 # What is replaced, each occurrence by itself, and by what.
 CHANGES: list[tuple[str, str]] = [

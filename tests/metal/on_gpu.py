@@ -15,7 +15,7 @@ import numpy as np
 from bmojo_metal import use_kernels
 from metal_kernels.host.cupy_runner import gpu_metal_kernel
 from tests.helpers import rms_ratio
-from tests.metal import attention_cases, selection_cases, ssm_cases
+from tests.metal import attention_cases, selection_cases, ssm_cases, token_cases
 from tests.metal.case import Case
 
 
@@ -53,4 +53,5 @@ class GpuCase:
 
 def cases() -> list[GpuCase]:
     """Those of every kernel."""
-    return [GpuCase(c) for c in (*ssm_cases.cases(), *selection_cases.cases(), *attention_cases.cases())]
+    modules = (ssm_cases, token_cases, selection_cases, attention_cases)
+    return [GpuCase(case) for module in modules for case in module.cases()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 from unittest.mock import patch
 
@@ -10,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 import bmojo_metal.scan
-from bmojo_edge.reference_ssm import causal_conv, silu, softplus
-from bmojo_metal import selective_scan, selective_scan_step, silu_conv
-from tests.metal.case import BOUNDS, DTYPES, Case, rounded, to_mlx
+import bmojo_metal.scan_step
+from bmojo_edge.reference_ssm import causal_conv, rms_norm, silu, softplus
+from bmojo_metal import MambaWeights, selective_scan, selective_scan_step, silu_conv
+from tests.metal.case import BOUNDS, DTYPES, Case, linear_of, rounded, to_mlx
 
 DEFAULTS = {"SEQUENTIAL": bmojo_metal.scan.SEQUENTIAL}
 SMALL = {"SEQUENTIAL": 4, "CHUNK": 3}
@@ -74,21 +76,76 @@ def scan(
     return Case(name, kernels, call, [y, last], [BOUNDS[dtype], BOUNDS["float32"]])
 
 
-def step(dtype: str = "float32", b: int = 2, d: int = 7, n: int = 16, active: list[bool] | None = None) -> Case:
-    x, dt, A_log, B, C, D, z, state = arrays = _scan_inputs(dtype, b, 1, d, n)
-    y, last = np.zeros((b, d)), state.copy()
+@dataclass(frozen=True)
+class Block:
+    """Sizes and options of the part of a Mamba-1 block that one token goes through in one dispatch.
+
+    bits: of x_proj and dt_proj, 0 as they are; sizes: constants of bmojo_metal.scan_step.
+    """
+
+    dtype: str = "float32"
+    b: int = 2
+    d: int = 7
+    n: int = 16
+    r: int = 3
+    taps: int = 4
+    bias: bool = True
+    normed: bool = False
+    bits: int = 0
+    active: tuple[bool, ...] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        changed = (f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return ", ".join(["step", *changed])
+
+
+def step(block: Block) -> Case:
+    """A token of `block` against float64."""
+    rng = np.random.default_rng(block.d + block.n + block.r)
+    b, d, n, r = block.b, block.d, block.n, block.r
+
+    def array(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return rounded(scale * rng.standard_normal(shape), block.dtype)
+
+    xz, past, conv, shift = array(b, 2 * d), array(b, block.taps - 1, d), array(d, block.taps), array(d)
+    (x_weight, x_proj), (dt_weight, dt_proj) = (
+        linear_of(array(*shape, scale=shape[1] ** -0.5), block.dtype, block.bits) for shape in ((r + 2 * n, d), (d, r))
+    )
+    dt_bias, D, state = (rounded(rng.standard_normal(shape), "float32") for shape in ((d,), (d,), (b, d, n)))
+    dt_bias, A_log = dt_bias - 2, np.log(np.arange(1, n + 1)) + 0.1 * rng.standard_normal((d, n))
+    dt_bias, A_log = rounded(dt_bias, "float32"), rounded(A_log, "float32")
+    norms = tuple(array(size) for size in (r, n, n)) if block.normed else None
+    y, last, new = np.zeros((b, d)), past.copy(), state.copy()
     for row in range(b):
-        if active is None or active[row]:
-            out, last[row] = _scan_oracle(x[row], dt[row], A_log, B[row], C[row], D, z[row], state[row])
-            y[row] = out[0]
+        if block.active is None or block.active[row]:
+            out, last[row] = causal_conv(xz[row : row + 1, :d], past[row], conv, shift if block.bias else None)
+            x = silu(out)
+            parts = np.split(x @ x_weight.T, [r, r + n], axis=-1)
+            if norms is not None:
+                parts = [rms_norm(part, w, 1e-5) for part, w in zip(parts, norms, strict=True)]
+            dt = parts[0] @ dt_weight.T + dt_bias
+            y[row], new[row] = _scan_oracle(x, dt, A_log, *parts[1:], D, xz[row : row + 1, d:], state[row])
+    weights = MambaWeights(
+        to_mlx(conv, block.dtype),
+        to_mlx(shift, block.dtype) if block.bias else None,
+        x_proj,
+        dt_proj._replace(bias=to_mlx(dt_bias)),
+        None if norms is None else (to_mlx(norms[0], block.dtype), *(to_mlx(w, block.dtype) for w in norms[1:])),
+        1e-5,
+        to_mlx(A_log),
+        to_mlx(D),
+    )
+    arrays = to_mlx(xz, block.dtype), to_mlx(past, block.dtype), to_mlx(state)
+    moves = None if block.active is None else mx.array(block.active)
 
     def call() -> Sequence[mx.array]:
-        x, dt, A_log, B, C, D, z, state = _scan_arguments(dtype, arrays)
-        moves = None if active is None else mx.array(active)
-        return selective_scan_step(x[:, 0], dt[:, 0], A_log, B[:, 0], C[:, 0], D, z[:, 0], state, moves)
+        with patch.dict(vars(bmojo_metal.scan_step), block.sizes):
+            return selective_scan_step(*arrays, weights, moves)
 
-    name = f"scan step {dtype} {b} x {d}, {n} states, active {active}"
-    return Case(name, ("scan",), call, [y, last], [BOUNDS[dtype], BOUNDS["float32"]])
+    bodies = ("selective_scan_step", "selective_scan_step_header", "linear_header")
+    bounds, plain = [BOUNDS[block.dtype], 0.0, BOUNDS[block.dtype]], 1.0 if block.dtype == "float32" else 8.0
+    return Case(str(block), bodies, call, [y, last, new], bounds, plain)
 
 
 def _scan_inputs(dtype: str, b: int, t: int, d: int, n: int, scale: float = 1.0) -> list[np.ndarray]:
@@ -132,6 +189,20 @@ def _scan_oracle(
     return y, s
 
 
+SMALL_TILES = (("TILE", 64), ("SHARES", 2))
+BLOCKS = [
+    *(Block(dtype=dtype) for dtype in DTYPES),
+    *(Block(dtype=dtype, d=130, r=9, normed=True, sizes=SMALL_TILES) for dtype in DTYPES),
+    *(Block(dtype=dtype, d=192, r=32, bits=4, sizes=SMALL_TILES) for dtype in DTYPES),
+    Block(b=1, d=64, r=64, n=3, bits=8, normed=True),
+    Block(b=1, d=96, r=32, n=6, bits=2, taps=3, bias=False),
+    Block(b=1, d=1, n=1, r=1, taps=2),  # inputs of fewer than eight elements come in the constant address space
+    Block(b=3, d=3, n=5, r=2, active=(True, False, True), normed=True),
+    Block(b=1, d=300, n=40, r=33, taps=6, bias=False, sizes=(("TILE", 128),)),
+    Block(b=1, d=5, n=130, r=4),
+]
+
+
 def cases() -> list[Case]:
     return [
         *(conv(dtype) for dtype in DTYPES),
@@ -146,6 +217,5 @@ def cases() -> list[Case]:
         scan(b=2, t=6, d=17, n=8, lengths=[6, 2]),
         scan(b=2, t=13, d=3, n=5, sizes={"SEQUENTIAL": 3, "CHUNK": 2, "LONGEST": 2}, lengths=[13, 5]),
         scan(b=1, t=9, d=2, n=3, scale=12.0, sizes=SMALL),  # steps from 1e-10 to 30
-        *(step(dtype) for dtype in DTYPES),
-        step(b=3, d=3, n=5, active=[True, False, True]),
+        *map(step, BLOCKS),
     ]

@@ -7,7 +7,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from bmojo_metal import use_kernels  # noqa: E402
-from tests.metal import attention_cases, selection_cases, ssm_cases  # noqa: E402
+from tests.metal import attention_cases, selection_cases, ssm_cases, token_cases  # noqa: E402
 from tests.metal.case import Case  # noqa: E402
 
 pytestmark = [
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not mx.metal.is_available(), reason="MLX has no Apple GPU here"),
 ]
 
-CASES = [*ssm_cases.cases(), *selection_cases.cases(), *attention_cases.cases()]
+CASES = [*ssm_cases.cases(), *token_cases.cases(), *selection_cases.cases(), *attention_cases.cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

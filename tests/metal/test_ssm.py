@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from bmojo_metal import selective_scan, selective_scan_step, silu_conv  # noqa: E402
+from bmojo_metal import Linear, selective_scan, selective_scan_step, silu_conv  # noqa: E402
+from bmojo_metal.launch import Kernel  # noqa: E402
 from bmojo_metal.scan import lanes_of  # noqa: E402
 from metal_kernels.host import ORDERS, Run  # noqa: E402
 from metal_kernels.host.runtime import Order  # noqa: E402
@@ -28,7 +30,7 @@ def test_kernels_pass_the_checker_and_equal_the_oracle(case: Case, order: Order)
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_plain_ops_equal_the_oracle(case: Case) -> None:
-    case.compare(case.call())
+    case.compare(case.call(), case.plain)
 
 
 @pytest.mark.usefixtures("harness")
@@ -54,20 +56,98 @@ def test_every_split_of_a_short_prompt_gives_the_same_bits() -> None:
             assert mx.array_equal(after, whole[1])
 
 
+def token_arguments(**options: Any) -> list[Any]:
+    """Of `selective_scan_step`: xz, past, state, weights."""
+    block = ssm_cases.Block(**options)
+    with patch.object(ssm_cases, "selective_scan_step", lambda *a: a):
+        return list(ssm_cases.step(block).call())
+
+
 @pytest.mark.usefixtures("harness")
-def test_resting_rows_keep_their_state_bit_for_bit() -> None:
-    x, dt, A_log, B, C, D, z, state = ssm_cases.scan_arguments("float32", 2, 1, 5, 16)
-    row = [y[:, 0] for y in (x, dt, B, C, z)]
-    for run in (False, True):
-        moves = mx.array([False, True])
-        if run:
-            with kernels(Run(mode="fast")):
-                y, new = selective_scan_step(row[0], row[1], A_log, row[2], row[3], D, row[4], state, moves)
-        else:
-            y, new = selective_scan_step(row[0], row[1], A_log, row[2], row[3], D, row[4], state, moves)
-        assert mx.array_equal(new[0], state[0])
-        assert not mx.array_equal(new[1], state[1])
-        assert mx.array_equal(y[0], mx.zeros_like(y[0]))
+@pytest.mark.parametrize("runs", [False, True], ids=["plain", "kernel"])
+def test_resting_rows_keep_their_state_bit_for_bit(runs: bool) -> None:
+    xz, past, state, weights, moves = token_arguments(active=(False, True))
+    if runs:
+        with kernels(Run(mode="fast")):
+            y, last, new = selective_scan_step(xz, past, state, weights, moves)
+            mx.eval(y, last, new)
+    else:
+        y, last, new = selective_scan_step(xz, past, state, weights, moves)
+    assert mx.array_equal(new[0], state[0])
+    assert not mx.array_equal(new[1], state[1])
+    assert mx.array_equal(last[0], past[0])
+    assert not mx.array_equal(last[1], past[1])
+    assert mx.array_equal(y[0], mx.zeros_like(y[0]))
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize(
+    ("options", "bodies"),
+    [
+        ({}, {"selective_scan_step"}),
+        ({"b": 9}, {"conv", "scan"}),
+        ({"taps": 1}, {"scan"}),
+        ({"d": 64, "bits": 5, "r": 32}, {"conv", "scan"}),
+        ({"sizes": (("TILE", 8190),)}, {"conv", "scan"}),  # no room for dt, B and C beside the tile
+    ],
+    ids=["one dispatch", "many rows", "one tap", "5 bits", "a wide block"],
+)
+def test_a_token_takes_one_dispatch_where_that_serves(options: dict[str, Any], bodies: set[str]) -> None:
+    case, ran = ssm_cases.step(ssm_cases.Block(**options)), set()
+    launch = Kernel.__call__
+
+    def counted(self: Kernel, *arguments: Any, **rest: Any) -> Any:
+        ran.add(self.name)
+        return launch(self, *arguments, **rest)
+
+    with patch.object(Kernel, "__call__", counted):
+        case.verify(Run(mode="fast"))
+    assert ran == bodies
+
+
+@pytest.mark.usefixtures("harness")
+def test_gradients_of_a_token_are_those_of_the_plain_op() -> None:
+    xz, past, state, weights, _ = token_arguments(normed=True)
+
+    def loss(xz: Any, past: Any, state: Any, x_weight: Any, dt_weight: Any, norm: Any, A_log: Any) -> Any:
+        assert weights.norms is not None
+        changed = weights._replace(
+            x_proj=Linear(x_weight),
+            dt_proj=weights.dt_proj._replace(weight=dt_weight),
+            norms=(norm, *weights.norms[1:]),
+            A_log=A_log,
+        )
+        y, last, new = selective_scan_step(xz, past, state, changed)
+        return (y * y).sum() + (new * new).sum() + last.sum()
+
+    gradient = mx.grad(loss, argnums=tuple(range(7)))
+    given = xz, past, state, weights.x_proj.weight, weights.dt_proj.weight, weights.norms[0], weights.A_log
+    want = gradient(*given)
+    with kernels(Run(mode="fast")):
+        got = gradient(*given)
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(np.array(b)).max() > 0
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_arguments_of_a_token_are_named() -> None:
+    xz, past, state, weights, _ = token_arguments(r=3, n=5)
+    for change, message in (
+        ({"D": mx.zeros(6)}, r"selective_scan_step: D must have shape \(7,\), got \(6,\)"),
+        ({"conv": mx.zeros((7, 3))}, r"past must have shape \(2, 2, 7\), got \(2, 3, 7\)"),
+        ({"x_proj": Linear(mx.zeros((13, 6)))}, r"x_proj must have shape \(13, 7\), got \(13, 6\)"),
+        ({"x_proj": Linear(mx.zeros((10, 7)))}, "x_proj must have more than 10 rows"),
+        ({"dt_proj": Linear(weights.dt_proj.weight)}, "and dt_proj a bias"),
+        ({"norms": (mx.ones(5), mx.ones(5), mx.ones(5))}, r"dt_norm must have shape \(3,\), got \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selective_scan_step(xz, past, state, weights._replace(**change))
+    with pytest.raises(ValueError, match="state must be float32, got float16"):
+        selective_scan_step(xz, past, state.astype(mx.float16), weights)
+    with pytest.raises(ValueError, match="past must be float32, got float16"):
+        selective_scan_step(xz, past.astype(mx.float16), state, weights)
+    with pytest.raises(ValueError, match=r"active must have shape \(2,\), got \(3,\)"):
+        selective_scan_step(xz, past, state, weights, mx.array([True] * 3))
 
 
 @pytest.mark.usefixtures("harness")

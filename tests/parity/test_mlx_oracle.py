@@ -13,13 +13,13 @@ from bmojo_edge.config import Config
 from bmojo_edge.parameters import parameter_shapes
 from tests.helpers import (
     GRID,
+    as_stored,
     assert_close,
     assert_states_close,
     assert_states_equal,
     odd,
     random_tokens,
     random_weights,
-    rounded,
     to_numpy,
 )
 
@@ -126,13 +126,6 @@ def test_impossible_sets_are_refused() -> None:
         model.forward(random_tokens(config, 1, 40), eidetic_index=forced[..., :-1])
 
 
-def weights_as_stored(config: Config, dtype: str, seed: int) -> dict[str, np.ndarray]:
-    """Random weights as a checkpoint of `dtype` holds them: what the scan is made of stays float32."""
-    weights = random_weights(config, seed)
-    kept = {name: w for name, w in weights.items() if name.endswith((".A_log", ".D", ".dt_proj.bias"))}
-    return rounded(weights, dtype) | kept
-
-
 def chosen(config: Config, scores: np.ndarray, n_chunks: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The set of every (row, layer, chunk) by sorting scores (b, n_layers, t)."""
     for index in np.ndindex(*scores.shape[:2], n_chunks):
@@ -146,7 +139,7 @@ def chosen(config: Config, scores: np.ndarray, n_chunks: int) -> Iterator[tuple[
 @pytest.mark.parametrize("name", GRID)
 def test_half_precision(name: str, dtype: str) -> None:
     config, u = GRID[name], ROUNDOFF[dtype]
-    weights, tokens = weights_as_stored(config, dtype, 0), random_tokens(config, 2, 41)
+    weights, tokens = as_stored(random_weights(config), dtype), random_tokens(config, 2, 41)
     model = load_weights(Model(config.replace(dtype=dtype)), weights)
     kept = (".A_log", ".D", ".dt_proj.bias")
     parameters: Any = tree_flatten(model.parameters())
@@ -179,7 +172,7 @@ def test_half_precision_changes_only_near_ties(dtype: str) -> None:
     """A token kept or dropped against the oracle scores within 4 eps of the e-th (at width 20 scores err more)."""
     config, differing = Config.preset("tiny", window=8, chunk=4, n_fading=8, n_eidetic=8), 0
     for seed in range(3):
-        weights, tokens = weights_as_stored(config, dtype, seed), random_tokens(config, 2, 60, seed)
+        weights, tokens = as_stored(random_weights(config, seed), dtype), random_tokens(config, 2, 60, seed)
         _, _, memory = load_weights(Model(config.replace(dtype=dtype)), weights).forward_with_memory(tokens)
         sets = to_numpy(memory.eidetic_index)
         _, _, ref = reference.forward(config, weights, tokens, eidetic_index=sets, return_memory=True)

@@ -24,7 +24,7 @@ ONLY_MLX = {
     "mixers/attention.py": {"grown"},
     "model.py": {"integers"},
     # Quantised weights run as they are; PyTorch's twin dequantises them.
-    "layers.py": {"QuantizedExpertLinear", "linear", "linear_wide"},
+    "layers.py": {"QuantizedExpertLinear", "linear", "linear_wide", "stored", "apply"},
     "ops.py": {"swiglu"},
     "load.py": {"as_array"},
 }

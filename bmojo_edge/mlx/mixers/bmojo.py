@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.layers import Projections, linear, merge_heads
+from bmojo_edge.mlx.layers import Projections, linear, linear_wide, merge_heads
 from bmojo_edge.mlx.layout import Layout, Step
 from bmojo_edge.mlx.memory import Projected, read_memories, step_memories
 from bmojo_edge.mlx.mixers.ssm import ssm_mixer
@@ -46,6 +46,14 @@ class BMojo(Projections):
             return Projected(*x, x.q, *self.keys_values(y))
         return Projected(*x, self.fading.queries(u), *self.fading.keys_values(y))
 
+    def _mixed(self, mix: Any, signal: mx.array, u: mx.array, *rest: Any) -> tuple[tuple[mx.array, mx.array], Any]:
+        """What the SSM's `mix` makes of u, and the signal that innovation looks at; the SSM's state."""
+        if not self.reads_ssm:
+            y, ssm = mix(u, *rest)
+            return (y, signal), ssm
+        (wide, y), ssm = mix(u, *rest, project=linear_wide)
+        return (y, wide), ssm
+
     def _scores(self, signal: mx.array, past: mx.array, lengths: mx.array | None) -> tuple[mx.array, mx.array]:
         rule = self.config.innovation
         return innovation_scores(signal, past, rule.coefficients(), rule.error, lengths)
@@ -60,8 +68,7 @@ class BMojo(Projections):
         signal, u = u, u.astype(self.kind)
         y, ssm, scores, history = None, (), None, ()
         if "ssm" in self:
-            y, ssm = self.ssm(u, state.ssm, layout, wide=self.reads_ssm)
-            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
+            (y, signal), ssm = self._mixed(self.ssm, signal, u, state.ssm, layout)
         if self.remembers:
             scores, history = self._scores(signal, state.history, layout.lengths)
         o, state, sets = read_memories(self.config, self._project(u, y), scores, state, layout, forced)
@@ -73,8 +80,7 @@ class BMojo(Projections):
         signal, u = u, u.astype(self.kind)
         y, ssm, scores, history = None, (), None, ()
         if "ssm" in self:
-            y, ssm = self.ssm.step(u, state.ssm, step, wide=self.reads_ssm)
-            signal, y = y if self.reads_ssm else signal, y.astype(self.kind)
+            (y, signal), ssm = self._mixed(self.ssm.step, signal, u, state.ssm, step)
         if self.remembers:
             rule, ring = self.config.innovation, state.window.scores
             scores, history = innovation_step(

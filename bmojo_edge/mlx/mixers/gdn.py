@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.mlx.layers import linear
+from bmojo_edge.mlx.layers import Project, apply, linear
 from bmojo_edge.mlx.layout import Layout, Step, choose_rows
 from bmojo_edge.mlx.mixers.heads import HeadMixer
 from bmojo_edge.mlx.recurrences import delta_rule, delta_rule_step
@@ -29,21 +31,21 @@ class GDN(HeadMixer):
         beta = mx.sigmoid(self.b_proj(u).astype(mx.float32))
         return self._log_decay(self.gk_proj(u)), beta * 2 if self.options.allow_neg_eigval else beta
 
-    def __call__(self, u: mx.array, state: GDNState, layout: Layout, wide: bool = False) -> tuple[mx.array, GDNState]:
-        """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
+    def __call__(self, u: mx.array, state: GDNState, layout: Layout, project: Project = apply) -> tuple[Any, GDNState]:
+        """u (b, t, d) after `state`: y (b, t, d), as `project` leaves it, and the state."""
         (q, k, v), conv = self._project(u, state.conv, layout)
         g, beta = self._gates(u)
         if layout.real is not None:  # padding leaves the state as it is
             g, beta = (mx.where(layout.real[..., None], x, 0.0) for x in (g, beta))
         q = self._unit(q) * self.size.head_dim**-0.5
         o, ssm = delta_rule(q, self._unit(k), v, g, beta, state.ssm)
-        return self._out(o, u, wide), GDNState(conv, ssm)
+        return self._out(o, u, project), GDNState(conv, ssm)
 
-    def step(self, u: mx.array, state: GDNState, step: Step, wide: bool = False) -> tuple[mx.array, GDNState]:
+    def step(self, u: mx.array, state: GDNState, step: Step, project: Project = apply) -> tuple[Any, GDNState]:
         """One token: u (b, d)."""
         (q, k, v), conv = self._project_step(u, state.conv)
         g, beta = self._gates(u)
         q = self._unit(q) * self.size.head_dim**-0.5
         o, ssm = delta_rule_step(q, self._unit(k), v, g, beta, state.ssm)
         new = GDNState(conv, ssm)
-        return self._out(o, u, wide), new if step.active is None else choose_rows(step.active, new, state)
+        return self._out(o, u, project), new if step.active is None else choose_rows(step.active, new, state)

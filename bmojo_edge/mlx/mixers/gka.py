@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.mlx.layers import linear
+from bmojo_edge.mlx.layers import Project, apply, linear
 from bmojo_edge.mlx.layout import Layout, Step, choose_rows
 from bmojo_edge.mlx.mixers.heads import QKV, HeadMixer
 from bmojo_edge.mlx.recurrences import (
@@ -63,8 +63,8 @@ class GKA(HeadMixer):
             q = x if gates.alpha is None else q + gates.alpha[..., None] * (x - q)
         return q * self.size.head_dim**-0.5 if self.options.gla_rescale else q
 
-    def __call__(self, u: mx.array, state: GKAState, layout: Layout, wide: bool = False) -> tuple[mx.array, GKAState]:
-        """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
+    def __call__(self, u: mx.array, state: GKAState, layout: Layout, project: Project = apply) -> tuple[Any, GKAState]:
+        """u (b, t, d) after `state`: y (b, t, d), as `project` leaves it, and the state."""
         x, conv = self._project(u, state.conv, layout)
         (q, k, v), gates = self._scaled(x, u), self._gates(u)
         if layout.real is not None:  # padding leaves the state as it is
@@ -74,13 +74,13 @@ class GKA(HeadMixer):
         ridge, steps = self.options.ridge_strength, self.options.num_iter
         solved, H = ridge_queries(q, k, gates.g_H, state.H, ridge, steps)
         o, U = linear_attention(self._blend(q, solved, gates), k, v, gates.g_U, state.U)
-        return self._out(o, u, wide), GKAState(conv, H, U)
+        return self._out(o, u, project), GKAState(conv, H, U)
 
-    def step(self, u: mx.array, state: GKAState, step: Step, wide: bool = False) -> tuple[mx.array, GKAState]:
+    def step(self, u: mx.array, state: GKAState, step: Step, project: Project = apply) -> tuple[Any, GKAState]:
         """One token: u (b, d)."""
         x, conv = self._project_step(u, state.conv)
         (q, k, v), gates = self._scaled(x, u), self._gates(u)
         solved, H = ridge_queries_step(q, k, gates.g_H, state.H, self.options.ridge_strength, self.options.num_iter)
         o, U = linear_attention_step(self._blend(q, solved, gates), k, v, gates.g_U, state.U)
         new = GKAState(conv, H, U)
-        return self._out(o, u, wide), new if step.active is None else choose_rows(step.active, new, state)
+        return self._out(o, u, project), new if step.active is None else choose_rows(step.active, new, state)

@@ -5,14 +5,14 @@ It does not know how they remember. Equations and parameters: docs/mixers.md.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
+from bmojo_edge.mlx.layers import Project, RMSNorm, inverse_softplus, linear, uniform_steps
 from bmojo_edge.mlx.layout import Layout
 from bmojo_edge.mlx.mixers.mamba import CausalConv
 from bmojo_edge.mlx.ops import silu_conv
@@ -118,10 +118,9 @@ class HeadMixer(nn.Module):
         A, bias = (x.astype(mx.float32) for x in (self.A_log, self.dt_bias))
         return -mx.exp(A) * nn.softplus(a.astype(mx.float32) + bias)
 
-    def _out(self, o: mx.array, u: mx.array, wide: bool) -> mx.array:
-        """Normalise, gate and project o (..., h, p); `wide`: in float32, unrounded."""
+    def _out(self, o: mx.array, u: mx.array, project: Project) -> Any:
+        """Normalise, gate and project o (..., h, p)."""
         y = self.o_norm(o).flatten(-2)
         if self.options.use_gate:
             y = y * nn.silu(self.g_proj(u).astype(mx.float32))
-        y = y.astype(u.dtype)
-        return linear_wide(self.o_proj, y) if wide else self.o_proj(y)
+        return project(self.o_proj, y.astype(u.dtype))

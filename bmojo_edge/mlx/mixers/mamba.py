@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
+from bmojo_edge.mlx.layers import Project, RMSNorm, apply, inverse_softplus, linear, stored, uniform_steps
 from bmojo_edge.mlx.layout import Layout, Step
-from bmojo_edge.mlx.ops import selective_scan, selective_scan_step, silu_conv
+from bmojo_edge.mlx.ops import MambaWeights, scan_inputs, selective_scan, selective_scan_step, silu_conv
 from bmojo_edge.state import MambaState
 
 
@@ -34,7 +36,7 @@ class Mamba(nn.Module):
         super().__init__()
         d, d_inner, n, r = config.d_model, ssm.expand * config.d_model, ssm.d_state, ssm.dt_rank
         assert r is not None
-        self.d_state, self.dt_rank, self.normed = n, r, ssm.dt_bc_norm
+        self.normed, self.eps = ssm.dt_bc_norm, config.norm_eps
         self.in_proj = linear(d, 2 * d_inner, ssm.bias, dtype)
         self.conv = CausalConv(d_inner, ssm.d_conv, ssm.conv_bias, dtype)
         self.x_proj = linear(d_inner, r + 2 * n, False, dtype)
@@ -47,31 +49,32 @@ class Mamba(nn.Module):
         self.A_log = mx.broadcast_to(mx.log(mx.arange(1, n + 1, dtype=mx.float32)), (d_inner, n))
         self.D = mx.ones(d_inner)
 
-    def _steps(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """dt (..., d_inner), float32, before its softplus, B and C (..., n) of x (..., d_inner)."""
-        dt, B, C = mx.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
-        if self.normed:
-            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return linear_wide(self.dt_proj, dt), B, C
-
-    def _out(self, y: mx.array, wide: bool) -> mx.array:
-        """Project; `wide`: in float32, so that innovation sees it unrounded."""
-        return linear_wide(self.out_proj, y) if wide else self.out_proj(y)
+    @property
+    def _weights(self) -> MambaWeights:
+        """What stands between the two large projections."""
+        norms = (self.dt_norm, self.B_norm, self.C_norm) if self.normed else None
+        return MambaWeights(
+            self.conv.weight,
+            self.conv.bias if "bias" in self.conv else None,
+            stored(self.x_proj),
+            stored(self.dt_proj),
+            None if norms is None else (norms[0].weight, norms[1].weight, norms[2].weight),
+            self.eps,
+            self.A_log,
+            self.D,
+        )
 
     def __call__(
-        self, u: mx.array, state: MambaState, layout: Layout, wide: bool = False
-    ) -> tuple[mx.array, MambaState]:
-        """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
+        self, u: mx.array, state: MambaState, layout: Layout, project: Project = apply
+    ) -> tuple[Any, MambaState]:
+        """u (b, t, d) after `state`: y (b, t, d), as `project` leaves it, and the state."""
         x, z = mx.split(self.in_proj(u), 2, axis=-1)
         x, conv = self.conv(x, state.conv, layout.lengths)
-        dt, B, C = self._steps(x)
+        dt, B, C = scan_inputs(x, self._weights)
         y, ssm = selective_scan(x, dt, self.A_log, B, C, self.D, z, state.ssm, layout.lengths)
-        return self._out(y, wide), MambaState(conv, ssm)
+        return project(self.out_proj, y), MambaState(conv, ssm)
 
-    def step(self, u: mx.array, state: MambaState, step: Step, wide: bool = False) -> tuple[mx.array, MambaState]:
+    def step(self, u: mx.array, state: MambaState, step: Step, project: Project = apply) -> tuple[Any, MambaState]:
         """One token: u (b, d)."""
-        x, z = mx.split(self.in_proj(u), 2, axis=-1)
-        x, conv = self.conv(x[:, None], state.conv, step.lengths)
-        dt, B, C = self._steps(x[:, 0])
-        y, ssm = selective_scan_step(x[:, 0], dt, self.A_log, B, C, self.D, z, state.ssm, step.active)
-        return self._out(y, wide), MambaState(conv, ssm)
+        y, *moved = selective_scan_step(self.in_proj(u), state.conv, state.ssm, self._weights, step.active)
+        return project(self.out_proj, y), MambaState(*moved)

@@ -5,12 +5,14 @@ Equations and parameters: docs/mixers.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
 from bmojo_edge.config import SSM, Config
-from bmojo_edge.mlx.layers import RMSNorm, inverse_softplus, linear, linear_wide, uniform_steps
+from bmojo_edge.mlx.layers import Project, RMSNorm, apply, inverse_softplus, linear, uniform_steps
 from bmojo_edge.mlx.layout import Layout, Step, choose_rows
 from bmojo_edge.mlx.mixers.mamba import CausalConv
 from bmojo_edge.mlx.recurrences import linear_attention, linear_attention_step, to_heads
@@ -62,31 +64,30 @@ class Mamba2(nn.Module):
     def _log_decay(self, dt: mx.array) -> mx.array:
         return -mx.exp(self.A_log.astype(mx.float32)) * dt
 
-    def _out(self, y: mx.array, x: mx.array, z: mx.array, wide: bool) -> mx.array:
-        """Skip, gate, normalise and project y and x (..., h, p); `wide`: in float32, unrounded."""
+    def _out(self, y: mx.array, x: mx.array, z: mx.array, project: Project) -> Any:
+        """Skip, gate, normalise and project y and x (..., h, p)."""
         y = (y + self.D.astype(mx.float32)[:, None] * x).flatten(-2) * nn.silu(z.astype(mx.float32))
         groups = y.reshape(*y.shape[:-1], self.options.n_groups, -1)
         y = mx.fast.rms_norm(groups, None, self.norm.eps).flatten(-2) * self.norm.weight
-        y = y.astype(z.dtype)
-        return linear_wide(self.out_proj, y) if wide else self.out_proj(y)
+        return project(self.out_proj, y.astype(z.dtype))
 
     def __call__(
-        self, u: mx.array, state: Mamba2State, layout: Layout, wide: bool = False
-    ) -> tuple[mx.array, Mamba2State]:
-        """u (b, t, d) after `state`: y (b, t, d), float32 where `wide`, and the state."""
+        self, u: mx.array, state: Mamba2State, layout: Layout, project: Project = apply
+    ) -> tuple[Any, Mamba2State]:
+        """u (b, t, d) after `state`: y (b, t, d), as `project` leaves it, and the state."""
         z, xBC, dt = self._project(u)
         xBC, conv = self.conv(xBC, state.conv, layout.lengths)
         x, B, C, dt = self._read(xBC, dt)
         if layout.real is not None:
             dt = mx.where(layout.real[..., None], dt, 0.0)  # padding leaves the state as it is
         y, ssm = linear_attention(C, B, dt[..., None] * x, self._log_decay(dt), state.ssm)
-        return self._out(y, x, z, wide), Mamba2State(conv, ssm)
+        return self._out(y, x, z, project), Mamba2State(conv, ssm)
 
-    def step(self, u: mx.array, state: Mamba2State, step: Step, wide: bool = False) -> tuple[mx.array, Mamba2State]:
+    def step(self, u: mx.array, state: Mamba2State, step: Step, project: Project = apply) -> tuple[Any, Mamba2State]:
         """One token: u (b, d)."""
         z, xBC, dt = self._project(u)
         xBC, conv = self.conv(xBC[:, None], state.conv, step.lengths)
         x, B, C, dt = self._read(xBC[:, 0], dt)
         y, ssm = linear_attention_step(C, B, dt[..., None] * x, self._log_decay(dt), state.ssm)
         new = Mamba2State(conv, ssm)
-        return self._out(y, x, z, wide), new if step.active is None else choose_rows(step.active, new, state)
+        return self._out(y, x, z, project), new if step.active is None else choose_rows(step.active, new, state)

@@ -11,7 +11,7 @@ t tokens, h query heads, g key/value heads, p head_dim, w window, f n_fading, e 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,10 @@ def _bmojo(
     x = project(config, w, u, y)
     if streaming:
         o, state, sets = read_streaming(config, x, scores, state, at, forced)
-        state = state._replace(history=history, ssm=ssm_state)
+        queries = state.queries
+        if len(queries):  # () without storage
+            queries = np.concatenate([queries, x.q.reshape(len(u), -1)])[-len(queries) :]
+        state = state._replace(history=history, ssm=ssm_state, queries=queries)
     else:
         o, sets = read_parallel(config, x, scores, at[1], forced)
     return LayerResult(o.reshape(len(u), -1) @ w["o_proj.weight"].T, state, scores, sets)
@@ -238,13 +241,15 @@ def forward(
     eidetic_index: Any = None,
     return_memory: bool = False,
     dtype: Any = np.float64,
+    observe: Callable[[int, int, int, Array], None] | None = None,
 ) -> Any:
     """The model, token by token with bounded memories.
 
     tokens (b, t) ints; state from an earlier call or `init_state`, None = fresh; segment_ids (b, t): a change starts a
     document, -1 is padding, a row's first document continues `state`; lengths (b,): right padding;
     eidetic_index (b, n_layers, n_chunks, e) forces the eidetic sets (see `Memory`); dtype: of all arithmetic.
-    weights maps the names of docs/checkpoints.md to arrays and is read one layer at a time.
+    weights maps the names of docs/checkpoints.md to arrays and is read one layer at a time; observe is called with
+    (layer, row, column of the first token, output (n, d)) of every document.
 
     Returns (logits (b, t, v), state), and Memory as a third with `return_memory`. Logits of padding are 0.
     """
@@ -269,6 +274,8 @@ def forward(
             forced = None if eidetic_index is None else np.asarray(eidetic_index)[d.row, i, d.first_chunk :]
             result = _layer(config, i, w, hidden[n], carried[d.row], (d.start, int(state.offset[d.row])), forced)
             hidden[n], carried[d.row] = result.out, result.state
+            if observe is not None:
+                observe(i, d.row, d.begin, result.out)
             if result.scores is not None:
                 memory.scores[d.row, i, d.begin : d.end] = result.scores
                 memory.eidetic_index[d.row, i, d.first_chunk : d.first_chunk + d.chunks] = result.sets

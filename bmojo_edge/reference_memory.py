@@ -91,6 +91,7 @@ class _Streaming:
     def __init__(self, config: Config, state: BMojoState, offset: int, turns: Array | None) -> None:
         self.c, self.offset, self.turns, self.scale = config, offset, turns, softmax_scale(config)
         self.window, self.fading, self.sinks, self.eidetic = state[:4]
+        self.recalled = state.recalled
 
     def promote(self, i: int, forced: Array | None, x: Projected, innovation: Array, start: int) -> None:
         """Before token i = cC is written, the C tokens about to leave the window compete for the eidetic slots."""
@@ -145,6 +146,10 @@ class _Streaming:
         if c.n_eidetic:
             held = self.eidetic.positions
             reads.append((q_pinned, self.eidetic, (held >= 0) & (held <= i - w)))
+        if self.recalled:  # () without storage; a token that is also kept as eidetic is read there
+            held = self.recalled.positions
+            kept = self.eidetic.positions if c.n_eidetic else np.array([-1])
+            reads.append((q_pinned, self.recalled, (held != -1) & ~np.isin(held, kept[kept >= 0])))
         queries, memories, visible = zip(*reads, strict=True)
         keys, values = ([rows(m[j], seen) for m, seen in zip(memories, visible, strict=True)] for j in (0, 1))
         return attend(list(queries), keys, values, self.scale)

@@ -16,6 +16,9 @@ from bmojo_edge.ssm_config import conv_channels, delta_sizes
 # A growing cache is allocated in steps of this many tokens, as mlx-lm does.
 GROWTH = 256
 
+# Where a recalled token stands that is not of this sequence.
+ELSEWHERE = -2
+
 # What one attention reads, in the order in which it is told of.
 MEMORIES = ("window", "fading", "eidetic", "sinks", "storage")
 
@@ -59,6 +62,14 @@ class EideticState(NamedTuple):
     positions: Any  # (b, e) int64
 
 
+class RecalledState(NamedTuple):
+    """Blocks of tokens read back from storage (docs/storage.md), keys unrotated."""
+
+    k: Any  # (b, g, n, p)
+    v: Any  # (b, g, n, p)
+    positions: Any  # (b, n) int64: the token's own where it is of this sequence, ELSEWHERE where not, -1 = empty
+
+
 class MambaState(NamedTuple):
     """Mamba-1: the last d_conv - 1 inputs of the convolution, oldest first, and the scan's state."""
 
@@ -97,6 +108,9 @@ class BMojoState(NamedTuple):
     eidetic: Any  # EideticState | ()
     history: Any  # (b, taps, d_model) float32: the last values of the innovation's signal, oldest first | ()
     ssm: Any  # MambaState | Mamba2State | GDNState | GKAState | ()
+    # With storage only (recall.py); a state without these stays as it was.
+    recalled: Any = ()  # RecalledState | ()
+    queries: Any = ()  # (b, n, h p) float32: the last n queries, unrotated, oldest first | ()
 
 
 class AttentionState(NamedTuple):
@@ -135,7 +149,8 @@ def _ssm_spec(ssm: SSM, config: Config, batch: int) -> Any:
     return GDNState(conv, square) if ssm.kind == "gdn" else GKAState(conv, square, square)
 
 
-def _layer_spec(config: Config, layer: int, batch: int, tokens: int) -> Any:
+def layer_spec(config: Config, layer: int, batch: int = 1, tokens: int = 0) -> Any:
+    """Shape and dtype of every array of one layer's state."""
     kind, ssm = config.layer_types[layer], config.ssm_of(layer)
 
     def slots(n: int) -> Leaf:
@@ -163,7 +178,7 @@ def _layer_spec(config: Config, layer: int, batch: int, tokens: int) -> Any:
 
 def state_spec(config: Config, batch: int = 1, tokens: int = 0) -> State:
     """Shape and dtype of every array of a state after `tokens` tokens (they matter only to growing caches)."""
-    layers = tuple(_layer_spec(config, i, batch, tokens) for i in range(len(config.layer_types)))
+    layers = tuple(layer_spec(config, i, batch, tokens) for i in range(len(config.layer_types)))
     return State(layers, Leaf((batch,), "int64"), Leaf((batch,), "int64"))
 
 

@@ -27,6 +27,7 @@ from bmojo_edge.mlx.ops import (
     rotate_token,
     select_eidetic,
 )
+from bmojo_edge.mlx.recalled import recalled_slots, with_recalled
 from bmojo_edge.rope import softmax_scale
 from bmojo_edge.state import BMojoState, EideticState, FadingState, SinkState, WindowState
 
@@ -173,6 +174,9 @@ def read_memories(
                 every = mx.broadcast_to(mx.arange(s, dtype=index.dtype), (*index.shape[:2], s))
                 index = mx.concatenate([every, index], axis=-1)
         pinned = Pinned(pinned_query(config, x.q), pool.k, pool.v, pool.position, index, near=w)
+    if state.recalled:  # () without storage
+        q = pinned_query(config, x.q) if pinned is None else pinned.q
+        pinned = with_recalled(config, pinned, q, state.recalled, sets)
     o = memory_attention(bands, pinned, layout.queries, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
 
@@ -218,6 +222,9 @@ def step_memories(
             memories["sinks"] = Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s))
         if scores is not None:
             memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, w, eidetic.positions)
+    if state.recalled:
+        q, kept = pinned_query(config, x.q), None if scores is None else eidetic.positions
+        memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))
     o = memory_attention_step(list(memories.values()), step.position, softmax_scale(config))

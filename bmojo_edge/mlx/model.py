@@ -21,6 +21,7 @@ from bmojo_edge.mlx.decode import Decoder
 from bmojo_edge.mlx.layers import RMSNorm
 from bmojo_edge.mlx.layout import Layout, layout_of
 from bmojo_edge.mlx.mixers import Mamba, Mamba2, Remembered
+from bmojo_edge.mlx.recalled import window_tokens
 from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
@@ -218,6 +219,17 @@ class Model(nn.Module):
             if begin < max(counts):
                 mx.eval(last, state)  # before the next block: memory stays that of one
         return self.head(last), state
+
+    def window_tokens(self, state: State, begin: int, count: int, layers: Sequence[int]) -> np.ndarray:
+        """Keys, unrotated, and values of the tokens at positions begin .. begin + count - 1 of every row.
+
+        The window of each of the `layers` must still hold them. (layers, 2, b, g, count, p) in NumPy: float16 where the
+        model is in half precision, else float32.
+        """
+        position = mx.broadcast_to(mx.arange(begin, begin + count, dtype=mx.int64), (len(state.position), count))
+        found = [window_tokens(self.config, state.layers[i].window, position, state.offset) for i in layers]
+        tokens = mx.stack([mx.stack(pair) for pair in found])
+        return np.array(tokens.astype(mx.float32 if tokens.itemsize > 2 else mx.float16))
 
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[mx.array, State]:
         """Logits (b, v) after one token (b,) of each row, and the state.

@@ -19,6 +19,7 @@ from bmojo_edge.torch.ops import (
     Band,
     Candidates,
     Chunks,
+    Grid,
     Pinned,
     Slots,
     find_eidetic,
@@ -29,6 +30,7 @@ from bmojo_edge.torch.ops import (
     select_eidetic,
     wide,
 )
+from bmojo_edge.torch.recalled import recalled_slots, with_recalled
 
 
 class Projected(NamedTuple):
@@ -54,12 +56,14 @@ def pinned_query(config: Config, q: Tensor, turns: Tensor | None) -> Tensor:
 
 
 def band(ring: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, near: int, far: int | None) -> Band:
-    """The slots of a ring (its k and v as stored) and the call's tokens as one band."""
+    """The slots of a ring (its k and v as stored), in order of position, and the call's tokens as one band."""
     if layout.fresh:
         return Band(q, k, v, layout.position, layout.document, near, far)
-    held = slot_positions(ring.k.shape[2], layout.start - 1)
+    n = ring.k.shape[2]
+    held = layout.start[:, None] + torch.arange(-n, 0, device=k.device)
+    slots = (held % n)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     document = None if layout.document is None else torch.cat([torch.zeros_like(held), layout.document], dim=1)
-    k, v = torch.cat([ring.k, k], dim=2), torch.cat([ring.v, v], dim=2)
+    k, v = (torch.cat([old.gather(2, slots), new], dim=2) for old, new in ((ring.k, k), (ring.v, v)))
     return Band(q, k, v, torch.cat([held, layout.position], dim=1), document, near, far)
 
 
@@ -96,6 +100,8 @@ def _take(k: Tensor, v: Tensor, scores: Tensor, position: Tensor, index: Tensor)
 
 def _pool(config: Config, x: Projected, scores: Tensor | None, state: BMojoState, layout: Layout) -> _Pool:
     """Everything that sinks and eidetic sets of this call can name."""
+    if layout.fresh:
+        return _Pool(x.k, x.v, scores, layout.position, layout.document, 0, 0)
     (b, t), device = layout.position.shape, layout.position.device
     own = max(0, min(t, t - 1 + config.chunk_size - config.window))  # later tokens leave no window in this call
     ks, vs, positions = [], [], []
@@ -107,13 +113,12 @@ def _pool(config: Config, x: Projected, scores: Tensor | None, state: BMojoState
     if config.n_eidetic:
         ks, vs = [*ks, state.eidetic.k], [*vs, state.eidetic.v]
         positions, marks = [*positions, state.eidetic.positions], [*marks, state.eidetic.scores]
-        if not layout.fresh:
-            first = -(-layout.start // config.chunk_size) * config.chunk_size - config.window
-            count = min(config.window, t - 1 + config.chunk_size)
-            leaving = first[:, None] + torch.arange(count, device=device)
-            k, v, mark = _leavers(config, state.window, leaving, layout)
-            ks, vs, marks = [*ks, k], [*vs, v], [*marks, mark]
-            positions = [*positions, torch.where(leaving < layout.start[:, None], leaving, -1)]
+        first = -(-layout.start // config.chunk_size) * config.chunk_size - config.window
+        count = min(config.window, t - 1 + config.chunk_size)
+        leaving = first[:, None] + torch.arange(count, device=device)
+        k, v, mark = _leavers(config, state.window, leaving, layout)
+        ks, vs, marks = [*ks, k], [*vs, v], [*marks, mark]
+        positions = [*positions, torch.where(leaving < layout.start[:, None], leaving, -1)]
     carried = sum(p.shape[1] for p in positions)
     ks, vs = [*ks, x.k[:, :, :own]], [*vs, x.v[:, :, :own]]
     position = torch.cat([*positions, layout.position[:, :own]], dim=1)
@@ -140,6 +145,8 @@ def _eidetic_columns(config: Config, pool: _Pool, chunks: Chunks, layout: Layout
     assert pool.scores is not None
     document = None if pool.document is None else pool.document[:, pool.slots :]
     candidates = Candidates(pool.scores[:, pool.slots :], pool.position[:, pool.slots :], document)
+    if layout.fresh and layout.aligned:
+        chunks = chunks._replace(grid=Grid(config.chunk_size, config.window))
     index = select_eidetic(candidates, chunks, config.n_sinks, config.n_eidetic)
     if forced is not None:
         # A chunk that began in an earlier call has its set already; rows with fewer chunks have none.
@@ -172,8 +179,8 @@ def read_memories(
     The sets (b, c, e) are positions, -1 = empty.
     """
     w, f = config.window, config.fading
-    k = rotate(x.k, layout.rotary)
-    bands = [band(state.window, rotate(x.q, layout.rotary), k, x.v, layout, 0, w)]
+    q, k = rotate(x.q, layout.rotary), rotate(x.k, layout.rotary)
+    bands = [band(state.window, q, k, x.v, layout, 0, w)]
     held = slot_positions(w, layout.last_position)
     rings = [overwritten(ring, new, held, layout) for ring, new in ((state.window.k, k), (state.window.v, x.v))]
     window = WindowState(rings[0], rings[1], ())
@@ -182,7 +189,8 @@ def read_memories(
         window = window._replace(scores=ring[:, 0, :, 0])
     fading, sinks, eidetic, pinned, sets = state.fading, state.sinks, state.eidetic, None, None
     if f and x.k_fading is not None and x.v_fading is not None:
-        k_fading, q_fading = rotate(x.k_fading, layout.rotary), rotate(x.q_fading, layout.rotary)
+        k_fading = rotate(x.k_fading, layout.rotary)
+        q_fading = q if x.q_fading is x.q else rotate(x.q_fading, layout.rotary)
         bands.append(band(state.fading, q_fading, k_fading, x.v_fading, layout, w, w + f))
         held = slot_positions(w + f, layout.last_position)
         pairs = ((state.fading.k, k_fading), (state.fading.v, x.v_fading))
@@ -201,10 +209,16 @@ def read_memories(
             eidetic, columns = _kept(state.eidetic, pool, chosen, layout), [*columns, chosen]
             sets = pool.position.gather(1, chosen.clamp(min=0).flatten(1)).view_as(chosen)
             sets = sets.masked_fill(chosen < 0, -1)
-        if not layout.fresh or pool.own < pool.k.shape[2]:
+        t = layout.position.shape[1]
+        if not layout.fresh or t - 1 + config.chunk_size > w:  # else nothing has left a window
             q = pinned_query(config, x.q, layout.turns)
-            pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), near=w)
-    o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
+            pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
+    queries = layout.queries(config.chunk_size)
+    if state.recalled:  # () without storage; the fused kernel has no such memory
+        q = pinned_query(config, x.q, layout.turns) if pinned is None else pinned.q
+        pinned = with_recalled(config, pinned, q, state.recalled, sets, layout.chunks)
+        queries = queries._replace(aligned=False)
+    o = memory_attention(bands, pinned, queries, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
 
 
@@ -258,6 +272,9 @@ def step_memories(
         if score is not None:
             seen = (eidetic.positions >= 0) & (eidetic.positions <= leaving)
             memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, seen)
+    if state.recalled:
+        q, kept = pinned_query(config, x.q, step.turns), None if score is None else eidetic.positions
+        memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, softmax_scale(config)))
     o = memory_attention_step(list(memories.values()), softmax_scale(config))

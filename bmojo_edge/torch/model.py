@@ -7,21 +7,32 @@ a value: no call changes the one it is given. Nothing here knows files or tokeni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
+from bmojo_edge.state import State, attending, map_leaves, state_spec
 from bmojo_edge.tokenizer import Tokenizer
 from bmojo_edge.torch.block import Block
 from bmojo_edge.torch.layers import RMSNorm
-from bmojo_edge.torch.layout import Layout, Segments, layout_of, segments_of, step_of
+from bmojo_edge.torch.layout import (
+    Layout,
+    Segments,
+    fresh_state,
+    growth_of,
+    is_aligned,
+    layout_of,
+    segments_of,
+    step_of,
+)
 from bmojo_edge.torch.mixers import Remembered
 from bmojo_edge.torch.ops import wide
+from bmojo_edge.torch.recalled import window_tokens
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -103,15 +114,7 @@ class Model(nn.Module):
 
     def init_state(self, batch: int = 1, offset: int = 0) -> State:
         """A fresh state of `batch` sequences, whose rotary positions begin at `offset`."""
-        dtype = self.embed.weight.dtype
-
-        def fresh(leaf: Leaf) -> Tensor:
-            if leaf.dtype == "int64":
-                return torch.full(leaf.shape, leaf.fill, dtype=torch.int64, device=self.device)
-            kind = wide(dtype) if leaf.dtype == "float32" != self.config.dtype else dtype
-            return torch.zeros(leaf.shape, dtype=kind, device=self.device)
-
-        state = map_leaves(fresh, state_spec(self.config, batch))
+        state = fresh_state(state_spec(self.config), batch, self.embed.weight.dtype, self.embed.weight)
         return state._replace(offset=torch.full_like(state.offset, offset))
 
     def reset(self, state: State, rows: Any) -> State:
@@ -169,32 +172,62 @@ class Model(nn.Module):
         run = self._run(tokens, state, segment_ids, lengths, eidetic_index)
         return self.head(_in_columns(run.out, run.segments)), run.state, self._memory(run)
 
+    def activations(self, tokens: Any, segment_ids: Any = None, lengths: Any = None) -> Tensor:
+        """`hidden` (b, t, d) of sequences that begin here and leave no state: what training differentiates.
+
+        Nothing waits for the GPU where documents begin at multiples of `chunk` and segment_ids are on the CPU.
+        """
+        tokens = self._integers(tokens, "tokens", 2)
+        tokens, layout, segments = self._placed(tokens, None, segment_ids, lengths)
+        h = self._embedded(tokens, layout)
+        for block in self.blocks():
+            h = block(h, None, layout).out
+        return _in_columns(self._normalised(h, layout), segments)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of normalised activations (..., d)."""
         return F.linear(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight)
 
     def _run(self, tokens: Any, state: State | None, segment_ids: Any, lengths: Any, eidetic_index: Any) -> _Run:
         tokens = self._integers(tokens, "tokens", 2)
-        b, t = tokens.shape
-        lengths = None if lengths is None else self._integers(lengths, "lengths", 1, (b,))
-        fresh, state = state is None, self.init_state(b) if state is None else state
-        if state.position.shape != (b,):
-            raise ValueError(f"state: is of {state.position.shape[0]} sequences, tokens have {b} rows")
-        segments = None
-        if segment_ids is not None:
-            segments = segments_of(self._integers(segment_ids, "segment_ids", 2, (b, t)), lengths)
-            tokens = tokens.gather(1, segments.order)
-        kind = wide(self.embed.weight.dtype)
-        layout = layout_of(self.config, (b, t), state.position, state.offset, segments, lengths, kind, fresh)
+        tokens, layout, segments = self._placed(tokens, state, segment_ids, lengths)
+        state = self.init_state(tokens.shape[0]) if state is None else state
+        growth = growth_of(self.config, layout.last_position, layout.last_column < 0)
+        layout = layout._replace(tokens=growth[0], idle=growth[1])
         forced = self._forced(eidetic_index, layout)
-        h, states, remembered = _masked(self.embed(_masked(tokens, layout.real)), layout.real), [], []
+        h, states, remembered = self._embedded(tokens, layout), [], []
         for i, block in enumerate(self.blocks()):
             result = block(h, state.layers[i], layout, None if forced is None else forced[:, i])
             h = result.out
             states.append(result.state)
             remembered.append(result.remembered)
-        out = _masked(self.norm(h).to(h.dtype), layout.real)
+        out = self._normalised(h, layout)
         return _Run(out, State(tuple(states), layout.last_position + 1, state.offset), remembered, layout, segments)
+
+    def _placed(
+        self, tokens: Tensor, state: State | None, segment_ids: Any, lengths: Any
+    ) -> tuple[Tensor, Layout, Segments | None]:
+        """tokens (b, t) in the layout's order, their layout, and their documents."""
+        b, t = tokens.shape
+        lengths = None if lengths is None else self._integers(lengths, "lengths", 1, (b,))
+        if state is not None and state.position.shape != (b,):
+            raise ValueError(f"state: is of {state.position.shape[0]} sequences, tokens have {b} rows")
+        segments, labels = None, segment_ids
+        if segment_ids is not None:
+            labels = segment_ids.cpu() if isinstance(segment_ids, Tensor) else torch.as_tensor(segment_ids)
+            segments = segments_of(self._integers(segment_ids, "segment_ids", 2, (b, t)), lengths)
+            tokens = tokens.gather(1, segments.order)
+        nothing = torch.zeros(b, dtype=torch.int64, device=self.device)
+        start, offset = (nothing, nothing) if state is None else state[1:]
+        aligned = is_aligned(self.config, None if state is None else start, labels, lengths)
+        at = (start, offset, segments, lengths, wide(self.embed.weight.dtype), state is None, aligned)
+        return tokens, layout_of(self.config, (b, t), *at), segments
+
+    def _embedded(self, tokens: Tensor, layout: Layout) -> Tensor:
+        return _masked(self.embed(_masked(tokens, layout.real)), layout.real)
+
+    def _normalised(self, h: Tensor, layout: Layout) -> Tensor:
+        return _masked(self.norm(h).to(h.dtype), layout.real)
 
     def _memory(self, run: _Run) -> Memory:
         """One array of all layers; those without eidetic memory have zeros and empty sets."""
@@ -247,6 +280,18 @@ class Model(nn.Module):
                 ends = (left - 1).clamp(min=0)[:, None, None].expand(b, 1, last.shape[1])
                 last = torch.where((left > 0)[:, None], out.gather(1, ends)[:, 0], last)
         return self.head(last), state
+
+    @torch.no_grad()
+    def window_tokens(self, state: State, begin: int, count: int, layers: Sequence[int]) -> np.ndarray:
+        """Keys, unrotated, and values of the tokens at positions begin .. begin + count - 1 of every row.
+
+        The window of each of the `layers` must still hold them. (layers, 2, b, g, count, p) in NumPy: float16 where the
+        model is in half precision, else float32.
+        """
+        position = torch.arange(begin, begin + count, device=self.device).expand(len(state.position), -1)
+        found = [window_tokens(self.config, state.layers[i].window, position, state.offset) for i in layers]
+        tokens = torch.stack([torch.stack(pair) for pair in found])
+        return tokens.to(torch.float32 if tokens.element_size() > 2 else torch.float16).cpu().numpy()
 
     @torch.no_grad()
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[Tensor, State]:

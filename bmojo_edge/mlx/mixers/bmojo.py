@@ -12,6 +12,7 @@ from bmojo_edge.mlx.layout import Layout, Step
 from bmojo_edge.mlx.memory import Projected, read_memories, step_memories
 from bmojo_edge.mlx.mixers.ssm import ssm_mixer
 from bmojo_edge.mlx.ops import innovation_scores, innovation_step
+from bmojo_edge.mlx.recalled import last_queries, next_queries
 from bmojo_edge.state import BMojoState
 
 
@@ -71,9 +72,12 @@ class BMojo(Projections):
             (y, signal), ssm = self._mixed(self.ssm, signal, u, state.ssm, layout)
         if self.remembers:
             scores, history = self._scores(signal, state.history, layout.lengths)
-        o, state, sets = read_memories(self.config, self._project(u, y), scores, state, layout, forced)
+        x, queries = self._project(u, y), state.queries
+        if not isinstance(queries, tuple):  # () without storage
+            queries = last_queries(queries, x.q, layout)
+        o, state, sets = read_memories(self.config, x, scores, state, layout, forced)
         remembered = None if scores is None or sets is None else Remembered(scores, sets)
-        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm), remembered
+        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm, queries=queries), remembered
 
     def step(self, u: mx.array, state: BMojoState, step: Step) -> tuple[mx.array, BMojoState]:
         """One token: u (b, d)."""
@@ -86,5 +90,8 @@ class BMojo(Projections):
             scores, history = innovation_step(
                 signal, state.history, ring, step.position, rule.coefficients(), rule.error, step.active
             )
-        o, state = step_memories(self.config, self._project(u, y), scores, state, step)
-        return self.o_proj(o.reshape(len(u), -1)), state._replace(history=history, ssm=ssm)
+        x, queries = self._project(u, y), state.queries
+        if not isinstance(queries, tuple):
+            queries = next_queries(queries, x.q, step)
+        o, state = step_memories(self.config, x, scores, state, step)
+        return self.o_proj(o.reshape(len(u), -1)), state._replace(history=history, ssm=ssm, queries=queries)

@@ -14,6 +14,7 @@ from bmojo_edge.torch.layout import Layout, Step, choose_rows, last_values
 from bmojo_edge.torch.memory import Projected, read_memories, step_memories
 from bmojo_edge.torch.mixers.ssm import ssm_mixer
 from bmojo_edge.torch.ops import innovation_scores
+from bmojo_edge.torch.recalled import last_queries, next_queries
 
 
 class Remembered(NamedTuple):
@@ -45,7 +46,7 @@ class BMojo(Projections):
             return Projected(*x, x.q, *self.keys_values(y))
         return Projected(*x, self.fading.queries(u), *self.fading.keys_values(y))
 
-    def _scores(self, signal: Tensor, past: Tensor, lookback: Tensor | None = None) -> Tensor:
+    def _scores(self, signal: Tensor, past: Tensor | None, lookback: Tensor | None = None) -> Tensor:
         rule = self.config.innovation
         return innovation_scores(signal, past, rule.coefficients(), rule.error, lookback)
 
@@ -60,11 +61,14 @@ class BMojo(Projections):
         scores, history = None, ()
         if self.config.n_eidetic:
             signal = y if y is not None and self.reads_ssm else u
-            scores = self._scores(signal, state.history, layout.lookback)
+            scores = self._scores(signal, None if layout.fresh else state.history, layout.lookback)
             history = last_values(state.history, signal.detach(), layout)
-        o, state, sets = read_memories(self.config, self._project(u, y), scores, state, layout, forced)
+        x, queries = self._project(u, y), state.queries
+        if not isinstance(queries, tuple):  # () without storage
+            queries = last_queries(queries, x.q, layout)
+        o, state, sets = read_memories(self.config, x, scores, state, layout, forced)
         remembered = None if scores is None or sets is None else Remembered(scores, sets)
-        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm), remembered
+        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm, queries=queries), remembered
 
     def step(self, u: Tensor, state: BMojoState, step: Step) -> tuple[Tensor, BMojoState]:
         """One token: u (b, d)."""
@@ -75,6 +79,8 @@ class BMojo(Projections):
             score = self._scores(signal, state.history)[:, 0]
             history = torch.cat([state.history, signal], dim=1)[:, 1:]
             history = history if step.active is None else choose_rows(step.active, history, state.history)
-        x = self._project(u[:, None], None if y is None else y[:, None])
+        x, queries = self._project(u[:, None], None if y is None else y[:, None]), state.queries
+        if not isinstance(queries, tuple):
+            queries = next_queries(queries, x.q, step)
         o, state = step_memories(self.config, x, score, state, step)
-        return self.o_proj(merge_heads(o))[:, 0], state._replace(history=history, ssm=ssm)
+        return self.o_proj(merge_heads(o))[:, 0], state._replace(history=history, ssm=ssm, queries=queries)

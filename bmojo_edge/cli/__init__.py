@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, data, doctor, generate, info, train
+from bmojo_edge.cli import chat, convert, data, doctor, generate, info, parity, train
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -23,11 +23,9 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
-
-data_app = typer.Typer(help="Prepare text for training.", no_args_is_help=True, rich_markup_mode="rich")
-data_app.command("prepare")(data.prepare)
-app.add_typer(data_app, name="data")
+app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.add_typer(parity.app, name="parity")
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,9 +16,12 @@ from bmojo_edge.cli.terminal import console, progress_bar
 if TYPE_CHECKING:
     from bmojo_edge.prepare import Prepared
 
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Prepare text for training.")
+
 _TOKENS = "Tokens"
 
 
+@app.command("prepare")
 @clear_errors
 def prepare(
     sources: Annotated[

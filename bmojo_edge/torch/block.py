@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bmojo_edge.config import Config
+from bmojo_edge.state import layer_spec
 from bmojo_edge.torch.layers import MLP, MixtureOfExperts, RMSNorm
-from bmojo_edge.torch.layout import Layout, Step
+from bmojo_edge.torch.layout import Layout, Step, fresh_state
 from bmojo_edge.torch.mixers import GDN, GKA, Attention, BMojo, Mamba, Mamba2, Remembered, ssm_mixer
 
 Mixer = Attention | BMojo | Mamba | Mamba2 | GDN | GKA
@@ -39,6 +40,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.state_spec = layer_spec(config, layer)
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
         self.mixer = mixer_of(config, layer, dtype)
         self.mlp_norm, self.mlp = None, None
@@ -62,13 +64,18 @@ class Block(nn.Module):
         return h + self.mlp(self.mlp_norm(h).to(h.dtype))
 
     def forward(self, h: Tensor, state: Any, layout: Layout, forced: Tensor | None = None) -> BlockResult:
-        """h (b, t, d) after the layer's `state`; forced (b, c, e): eidetic sets to take."""
-        u, remembered = self.norm(h), None
+        """h (b, t, d) after the layer's `state`; forced (b, c, e): eidetic sets to take.
+
+        state None: sequences begin here and nobody asks what they leave, as in training.
+        """
+        kept, u, remembered = state is not None, self.norm(h), None
+        state = state if kept else fresh_state(self.state_spec, h.shape[0], h.dtype, h)
         if isinstance(self.mixer, BMojo):
             out, state, remembered = self.mixer(u, state, layout, forced)
         else:
             out, state = self.mixer(u, state, layout)
-        return BlockResult(self._add_mlp(h + out.to(h.dtype)), state, remembered)
+        h = self._add_mlp(h + out.to(h.dtype))
+        return BlockResult(h, state, remembered) if kept else BlockResult(h, None, None)
 
     def step(self, h: Tensor, state: Any, step: Step) -> tuple[Tensor, Any]:
         """One token: h (b, d)."""

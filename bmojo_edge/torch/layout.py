@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bmojo_edge.config import Config
 from bmojo_edge.rope import turns_per_token
-from bmojo_edge.state import map_leaves
-from bmojo_edge.torch.ops import Chunks, Queries, Rotary, rotary
+from bmojo_edge.state import Leaf, map_leaves
+from bmojo_edge.torch.ops import Chunks, Queries, Rotary, rotary, wide
 
 
 class Layout(NamedTuple):
@@ -35,6 +35,7 @@ class Layout(NamedTuple):
     turns: Tensor | None  # (p / 2,), see turns_of
     rotary: Rotary | None  # at position + offset
     fresh: bool  # no state is carried: rings hold nothing
+    aligned: bool  # every chunk begins at a multiple of `chunk` columns, as the kernels need it
     tokens: int  # most tokens a growing cache must hold; 0 where none grows
     idle: bool  # a row has no token in this call; only known where a cache grows
 
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 
     def queries(self, chunk_size: int) -> Queries:
         """The tokens as readers of memories."""
-        return Queries(self.position, self.document, self.chunk, self.place, chunk_size)
+        return Queries(self.position, self.document, self.chunk, self.place, chunk_size, self.aligned)
 
 
 class Step(NamedTuple):
@@ -106,8 +107,9 @@ def layout_of(
     lengths: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     fresh: bool = False,
+    aligned: bool = False,
 ) -> Layout:
-    """The layout of (b, t) tokens after carried positions `start` (b,); angles in `dtype`."""
+    """The layout of (b, t) tokens after carried positions `start` (b,); angles in `dtype`; aligned: see Layout."""
     (b, t), device = shape, start.device
     columns = torch.arange(t, device=device).expand(b, t)
     real, document, last_document, position = None, None, None, start[:, None] + columns
@@ -122,7 +124,9 @@ def layout_of(
     last_position = torch.where(idle, start - 1, position.gather(1, at_last)[:, 0])
     if document is not None:
         last_document = document.gather(1, at_last)[:, 0].clamp(min=0)
-    if real is None or document is None:
+    if real is not None and document is not None and aligned:
+        counted = _count_aligned_chunks(config, position, document, real)
+    elif real is None or document is None:
         counted = _count_chunks(config, start, position, last_position, idle, fresh)
     else:
         counted = _count_packed_chunks(config, position, document, real)
@@ -130,7 +134,7 @@ def layout_of(
     angles = None if turns is None else rotary(position + offset[:, None], turns, dtype)
     return Layout(
         position, document, real, start, offset, last_column, last_position, last_document,
-        *counted, turns, angles, fresh, *growth_of(config, last_position, idle),
+        *counted, turns, angles, fresh, aligned, 0, False,
     )  # fmt: skip
 
 
@@ -173,8 +177,34 @@ def _count_packed_chunks(config: Config, position: Tensor, document: Tensor, rea
     return _Counted(chunk.clamp(min=0), place, chunks, per_chunk(columns - position, 0))
 
 
+def _count_aligned_chunks(config: Config, position: Tensor, document: Tensor, real: Tensor) -> _Counted:
+    """Packed documents that begin at multiples of `chunk`: shapes follow from t alone, nothing waits for data."""
+    size, (b, t) = config.chunk_size, position.shape
+    columns = torch.arange(t, device=position.device).expand(b, t)
+    used, first = real[:, ::size], position[:, ::size]
+    limit = (first + size - config.window).masked_fill(~used, 0)
+    origin = (columns[:, ::size] - first).masked_fill(~used, 0)
+    place = columns.masked_fill(~real, used.shape[1] * size)
+    return _Counted(columns // size, place, Chunks(limit, document[:, ::size].masked_fill(~used, -2)), origin)
+
+
+def is_aligned(config: Config, start: Tensor | None, segment_ids: Tensor | None, lengths: Tensor | None) -> bool:
+    """Whether chunks of a call begin at multiples of `chunk` columns; start (b,): carried positions, None = all 0.
+
+    Reads its tensors, so it waits for a GPU that holds them: segment_ids and lengths are best kept on the CPU.
+    """
+    size = config.chunk_size
+    if start is not None and bool((start % size != 0).any()):
+        return False
+    if segment_ids is None:
+        return True
+    _, real, document, column = segments_of(segment_ids, lengths)
+    used = real[:, ::size]  # chunks of padding stand behind all others
+    return bool(((column % size == 0) | (document < 0)).all() & (used[:, 1:] <= used[:, :-1]).all())
+
+
 def growth_of(config: Config, last_position: Tensor, idle: Tensor) -> tuple[int, bool]:
-    """Tokens a growing cache must hold, and whether a row is idle. It waits for data, so only where it must."""
+    """Tokens a growing cache must hold, and whether a row is idle. It waits for data, so only where states are kept."""
     if not config.growing_layers:
         return 0, False
     tokens, any_idle = torch.stack([last_position.max() + 1, idle.any().long()]).tolist()
@@ -195,6 +225,16 @@ def step_of(config: Config, position: Tensor, offset: Tensor, active: Tensor | N
 
 
 # --- what a call leaves behind ----------------------------------------------------------------------------------------
+
+
+def fresh_state(spec: Any, batch: int, dtype: torch.dtype, like: Tensor) -> Any:
+    """The state before the first token of `batch` sequences in a model of `dtype`; spec is for one of them."""
+
+    def fresh(leaf: Leaf) -> Tensor:
+        kind = torch.int64 if leaf.dtype == "int64" else wide(dtype) if leaf.dtype == "float32" else dtype
+        return torch.full((batch, *leaf.shape[1:]), leaf.fill, dtype=kind, device=like.device)
+
+    return map_leaves(fresh, spec)
 
 
 def slot_positions(n: int, last: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Plain-PyTorch operations of a model: norms, rotation, convolution, scan, innovation, selection, attention.
+"""Operations of a model: norms, rotation, convolution, scan, innovation, selection, attention.
 
 Everything here is a function of tensors, differentiable where mathematics is, and runs on any device. Nothing here
-knows a config, a parameter or a state. Fast kernels come in behind these names.
+knows a config, a parameter or a state. What has a Triton kernel in `bmojo_cuda` asks `on_gpu` and uses it.
 
 b batch, t tokens of the call, d channels, n state or columns, h query heads, g key/value heads, p head_dim, c chunks.
 """
@@ -16,8 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import bmojo_cuda
+from bmojo_cuda.attention import fits
+from bmojo_cuda.conv import MAX_TAPS
+from bmojo_cuda.launch import has_triton
+from bmojo_cuda.scan import MAX_STATES
+from bmojo_cuda.selection import innovation
+from bmojo_cuda.selection import select_eidetic as select_on_gpu
+
 SCAN_STEPS = 32  # tokens of a scan's chunk: chunks advance together, then pass their states on
 QUERY_TILE = 128  # queries whose scores exist at one time
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `bmojo_cuda`'s kernels run on x: a CUDA tensor of a dtype they know, and Triton is installed."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -79,48 +92,68 @@ def rotate(x: Tensor, at: Rotary | None, inverse: bool = False) -> Tensor:
     """Rotate the pairs (j, j + p/2) of x (b, heads, n, p), in `wide` precision, back to x's dtype; `at` None: as is."""
     if at is None:
         return x
-    cos, sin = at.cos[:, None], -at.sin[:, None] if inverse else at.sin[:, None]
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    cos, sin = at.cos[:, :, None], -at.sin[:, :, None] if inverse else at.sin[:, :, None]
+    first, second = x.transpose(1, 2).to(cos.dtype).chunk(2, dim=-1)  # a token's heads stay side by side
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype).transpose(1, 2)
 
 
 # --- short causal memories: convolution and innovation ----------------------------------------------------------------
 
 
-def _delayed(x: Tensor, past: Tensor, taps: int, lookback: Tensor | None) -> list[Tensor]:
-    """x delayed by 0 .. taps tokens, each (b, t, d): `past` (b, taps, d) stands before x, oldest first.
+def _delayed(x: Tensor, past: Tensor | None, taps: int, lookback: Tensor | None) -> list[Tensor]:
+    """x delayed by 0 .. taps tokens, each (b, t, d): `past` (b, taps, d) stands before x, oldest first, None: zeros.
 
     Token n may look back at lookback[n] tokens, None: at all there are; beyond them it sees zeros.
     """
-    padded, t = torch.cat([past, x], dim=1), x.shape[1]
+    padded, t = F.pad(x, (0, 0, taps, 0)) if past is None else torch.cat([past.to(x.dtype), x], dim=1), x.shape[1]
     delayed = [padded[:, taps - j : taps - j + t] for j in range(taps + 1)]
     if lookback is None:
         return delayed
     return [torch.where((lookback >= j)[..., None], y, 0) for j, y in enumerate(delayed)]
 
 
-def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, lookback: Tensor | None = None) -> Tensor:
+def causal_conv(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, lookback: Tensor | None = None
+) -> Tensor:
     """Depthwise causal convolution of x (b, t, d), after `past` (b, taps - 1, d), with weight (d, taps), oldest first.
 
-    lookback (b, t): how many earlier tokens each token may see, None = all. Computed in `wide` precision.
+    past None is zeros; lookback (b, t): how many earlier tokens each token may see, None = all. Computed and returned
+    in `wide` precision.
     """
     kind, taps = wide(x.dtype), weight.shape[1]
-    delayed = _delayed(x.to(kind), past.to(kind), taps - 1, lookback)
+    delayed = _delayed(x.to(kind), past, taps - 1, lookback)
     kernel = weight.to(kind)
     y = sum((y * kernel[:, taps - 1 - j] for j, y in enumerate(delayed)), start=torch.zeros((), dtype=kind))
-    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+    return y if bias is None else y + bias.to(kind)
+
+
+def silu_conv(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, lookback: Tensor | None = None
+) -> Tensor:
+    """SiLU of `causal_conv`, in x's dtype."""
+    if on_gpu(x) and 1 < weight.shape[1] <= MAX_TAPS and (past is None or lookback is None):
+        return bmojo_cuda.causal_conv(x, weight, bias, past, _segments(lookback))[0]
+    return F.silu(causal_conv(x, past, weight, bias, lookback)).to(x.dtype)
+
+
+def _segments(lookback: Tensor | None) -> Tensor | None:
+    """Documents (b, t), as the kernels count them, of tokens that may look back at `lookback` (b, t) others."""
+    return None if lookback is None else (lookback == 0).cumsum(dim=1)
 
 
 @torch.no_grad()
 def innovation_scores(
-    signal: Tensor, past: Tensor, coefficients: list[float], error: str, lookback: Tensor | None = None
+    signal: Tensor, past: Tensor | None, coefficients: list[float], error: str, lookback: Tensor | None = None
 ) -> Tensor:
     """How badly a fixed average of the past predicts a signal (step 5): (b, t) in `wide` precision, no gradient.
 
-    signal (b, t, d); past (b, taps, d), oldest first; coefficients[0] weighs the latest value; error "relative" | "l2".
+    signal (b, t, d); past (b, taps, d), oldest first, None = zeros; coefficients[0] weighs the latest value; error
+    "relative" | "l2".
     """
+    if on_gpu(signal):
+        return innovation(signal, coefficients, past, error, _segments(lookback))
     kind = wide(signal.dtype)
-    now, *earlier = _delayed(signal.to(kind), past.to(kind), len(coefficients), lookback)
+    now, *earlier = _delayed(signal.to(kind), past, len(coefficients), lookback)
     miss = now.clone()
     for c, y in zip(coefficients, earlier, strict=True):
         miss -= c * y
@@ -168,6 +201,37 @@ def selective_scan(
     if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs):
         return checkpoint(_scan, *inputs, use_reentrant=False, preserve_rng_state=False)
     return _scan(*inputs)
+
+
+def gated_scan(
+    x: Tensor,
+    z: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None = None,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of x with steps softplus(dt + dt_bias), times SiLU(z): y (b, t, d) in x's dtype, and the state.
+
+    state None is zeros; real (b, t): False at padding, which leaves the state as it is; None: no padding.
+    """
+    if on_gpu(x) and A.shape[1] <= MAX_STATES:
+        segments = None if reset is None else reset.cumsum(dim=1)
+        if real is not None:
+            segments = torch.where(real, 0 if segments is None else segments, -1)
+        return bmojo_cuda.selective_scan(x, dt, A, B, C, D, z, dt_bias, state, segments)
+    kind = wide(x.dtype)
+    steps = F.softplus(dt.to(kind) + dt_bias.to(kind))
+    steps = steps if real is None else torch.where(real[..., None], steps, 0)
+    first = x.new_zeros(x.shape[0], *A.shape, dtype=kind) if state is None else state
+    parts = (y.to(kind) for y in (A, B, C, D))
+    y, last = selective_scan(x.to(kind), steps, *parts, first, reset)
+    return (y * F.silu(z.to(kind))).to(x.dtype), last
 
 
 def _scan(
@@ -218,11 +282,19 @@ class Candidates(NamedTuple):
     document: Tensor | None  # (b, n); None: the call holds one document a row
 
 
+class Grid(NamedTuple):
+    """How chunks are cut when candidates are a call's own tokens and every chunk begins at a multiple of `size`."""
+
+    size: int
+    window: int
+
+
 class Chunks(NamedTuple):
     """The chunks of a call, counted per row as they come, c at most: which positions a chunk's set may hold."""
 
     limit: Tensor  # (b, c) positions below this; 0 where a row has fewer chunks
     document: Tensor | None  # (b, c); None: the call holds one document a row
+    grid: Grid | None = None  # None: chunks of a row may begin at any column
 
 
 def _eligible(candidates: Candidates, chunks: Chunks, first: int) -> Tensor:
@@ -248,6 +320,12 @@ def select_eidetic(candidates: Candidates, chunks: Chunks, first: int, e: int) -
 
     Positions below `first` never compete; ties go to the earlier column. No gradient flows through a choice.
     """
+    if chunks.grid is not None and on_gpu(candidates.scores):
+        size, window = chunks.grid
+        index = select_on_gpu(
+            candidates.scores, window=window, chunk=size, n_eidetic=e, n_sinks=first, segment_ids=candidates.document
+        )
+        return torch.where(chunks.limit[..., None] > 0, index.long(), -1)
     order = candidates.scores.argsort(dim=-1, descending=True, stable=True)[:, None]  # (b, 1, n)
     eligible = _eligible(candidates, chunks, first)
     order = order.expand_as(eligible)
@@ -284,10 +362,11 @@ class Queries(NamedTuple):
     chunk: Tensor  # (b, t) ordinal of the token's chunk within the call
     place: Tensor  # (b, t) its place in the grid of c chunks of chunk_size tokens, c * chunk_size = padding
     chunk_size: int
+    aligned: bool = False  # place = column, but for padding
 
 
 class Band(NamedTuple):
-    """A memory read by distance: its columns are m carried slots (of document 0), then the call's t tokens.
+    """A memory read by distance: its columns are m carried slots (of document 0), then the call's t tokens, in order.
 
     A token sees the columns of its document with near <= its position - theirs < far; far None: all from near on.
     """
@@ -310,6 +389,7 @@ class Pinned(NamedTuple):
     position: Tensor  # (b, n)
     columns: Tensor  # (b, c, e) of the chunk's own document, -1 = none
     near: int
+    own: int = 0  # column of the call's first token; those before were carried
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -393,6 +473,9 @@ def memory_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scal
     The first band must let every token see itself. Scores exist for QUERY_TILE tokens at a time, softmax is in `wide`
     precision, products in the values' dtype.
     """
+    q = bands[0].q.transpose(1, 2)
+    if on_gpu(q) and (pinned is None or at.aligned) and fits(q, at.chunk_size, pinned is not None):
+        return _fused_attention(bands, pinned, at, scale)
     reader = None if pinned is None else _PinnedReader(pinned, at)
     pinned_scores = None if reader is None else reader.scores(scale)
     t, out, pinned_weights = bands[0].q.shape[2], [], []
@@ -406,6 +489,41 @@ def memory_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scal
         pinned_weights.append(parts[-1])
     mixed = torch.cat(out, dim=2)
     return mixed if reader is None else mixed + reader.mix(torch.cat(pinned_weights, dim=2))
+
+
+def _fused_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scale: float) -> Tensor:
+    """`memory_attention` in one kernel: tokens before heads, and as many rows of in-context as of fading keys."""
+    recent, older = bands[0], bands[1] if len(bands) > 1 else None
+    t, longest = recent.q.shape[2], recent if older is None else older
+    rows = longest.k.shape[2]
+
+    def keys(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return x if x.shape[1] == rows else F.pad(x, (0, 0, 0, 0, rows - x.shape[1], 0))  # beyond the window
+
+    segments, carried = at.document, rows - t
+    if carried:
+        own = torch.zeros_like(at.position) if segments is None else segments
+        segments = torch.cat([torch.where(longest.position[:, :carried] < 0, -1, 0), own], dim=1)
+    options: dict[str, Tensor | None] = {}
+    if older is not None:
+        options = {"k_fading": keys(older.k), "v_fading": keys(older.v)}
+        options["q_fading"] = None if older.q is recent.q else older.q.transpose(1, 2)
+    if pinned is not None:
+        options["eidetic_index"] = pinned.columns[:, : -(-t // at.chunk_size)].int()
+        options["q_eidetic"] = None if pinned.q is recent.q else pinned.q.transpose(1, 2)
+        if pinned.k is not recent.k:
+            options["k_eidetic"], options["v_eidetic"] = pinned.k.transpose(1, 2), pinned.v.transpose(1, 2)
+        if carried:  # a kernel knows rows, not positions
+            held, n = pinned.position[:, : pinned.own] - at.position[:, :1], pinned.k.shape[2] - pinned.own
+            own = torch.arange(n, device=held.device).expand(len(held), -1)
+            options["eidetic_position"] = torch.cat([held, own], dim=1) + carried
+    out = bmojo_cuda.memory_attention(
+        recent.q.transpose(1, 2), keys(recent.k), keys(recent.v), window=recent.far or rows,
+        n_fading=0 if older is None or older.far is None else older.far - older.near, chunk=at.chunk_size,
+        segment_ids=segments, scale=scale, **options,
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 class Slots(NamedTuple):

@@ -30,9 +30,9 @@ ONLY_MLX = {
 }
 ONLY_TORCH = {
     # Packed documents are for training.
-    "layout.py": {"Segments", "segments_of", "growth_of", "overwritten", "last_values"},
+    "layout.py": {"Segments", "segments_of", "growth_of", "overwritten", "last_values", "is_aligned", "fresh_state"},
     # float64 for checking gradients; linear layers are plain functions of their weights.
-    "ops.py": {"wide", "linear_wide", "causal_conv", "SCAN_STEPS"},
+    "ops.py": {"wide", "linear_wide", "causal_conv", "SCAN_STEPS", "on_gpu", "Grid", "gated_scan"},
     "load.py": {"as_tensor"},
 }
 

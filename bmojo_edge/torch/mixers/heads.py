@@ -16,7 +16,7 @@ from bmojo_edge.ssm_config import delta_sizes
 from bmojo_edge.torch.layers import RMSNorm, inverse_softplus, uniform_steps
 from bmojo_edge.torch.layout import Layout, last_values
 from bmojo_edge.torch.mixers.mamba import CausalConv
-from bmojo_edge.torch.ops import causal_conv, linear_wide, wide
+from bmojo_edge.torch.ops import linear_wide, silu_conv, wide
 from bmojo_edge.torch.recurrences import to_heads
 
 
@@ -74,12 +74,12 @@ class HeadMixer(nn.Module):
         empty = u.new_empty((*u.shape[:-1], 0))
         return torch.cat([empty, *convolved], dim=-1), torch.cat([empty, *others], dim=-1)
 
-    def _conv(self, x: Tensor, past: Tensor, lookback: Tensor | None = None) -> Tensor:
+    def _conv(self, x: Tensor, past: Tensor | None, lookback: Tensor | None = None) -> Tensor:
         """SiLU of the convolutions of x (b, t, channels), all at once."""
         convs = [getattr(self, f"{name}_conv") for name in self.convolved]
         weight = torch.cat([conv.weight for conv in convs])
         bias = torch.cat([conv.bias for conv in convs]) if self.options.conv_bias else None
-        return F.silu(causal_conv(x, past, weight, bias, lookback))
+        return silu_conv(x, past, weight, bias, lookback)
 
     def _expanded(self, name: str, x: Tensor, own: int) -> Tensor:
         """q, k or v x (..., own p) as (..., h, p)."""
@@ -102,7 +102,7 @@ class HeadMixer(nn.Module):
         raw, others = self._raw(u)
         if isinstance(past, tuple):
             return self._qkv(F.silu(others)), past
-        active = torch.cat([self._conv(raw, past, layout.lookback), others], dim=-1)
+        active = torch.cat([self._conv(raw, None if layout.fresh else past, layout.lookback), others], dim=-1)
         return self._qkv(active), last_values(past, raw, layout)
 
     def _project_step(self, u: Tensor, past: Tensor | tuple[()]) -> tuple[QKV, Tensor | tuple[()]]:

@@ -10,11 +10,11 @@ from bmojo_edge.config import SSM, Config
 from bmojo_edge.state import MambaState
 from bmojo_edge.torch.layers import RMSNorm, inverse_softplus, uniform_steps
 from bmojo_edge.torch.layout import Layout, Step, choose_rows, last_values
-from bmojo_edge.torch.ops import causal_conv, linear_wide, selective_scan, selective_scan_step, wide
+from bmojo_edge.torch.ops import gated_scan, linear_wide, selective_scan_step, silu_conv, wide
 
 
 class CausalConv(nn.Module):
-    """A depthwise causal convolution: weight (d, taps), oldest tap first."""
+    """A depthwise causal convolution and SiLU: weight (d, taps), oldest tap first."""
 
     def __init__(self, d: int, taps: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -22,8 +22,8 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(d, taps, dtype=dtype).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(d, dtype=dtype).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, x: Tensor, past: Tensor, lookback: Tensor | None = None) -> Tensor:
-        return causal_conv(x, past, self.weight, self.bias, lookback)
+    def forward(self, x: Tensor, past: Tensor | None, lookback: Tensor | None = None) -> Tensor:
+        return silu_conv(x, past, self.weight, self.bias, lookback)
 
 
 class Mamba(nn.Module):
@@ -48,17 +48,16 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner, dtype=torch.float32))
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt (..., d_inner), B and C (..., n) of x (..., d_inner), in `wide` precision."""
+        """dt (..., d_inner) before bias and softplus, B and C (..., n) of x (..., d_inner), in `wide` precision."""
         parts = self.x_proj(x).split(self.split, dim=-1)
         norms = (self.dt_norm, self.B_norm, self.C_norm)
         dt, B, C = (y if norm is None else norm(y) for y, norm in zip(parts, norms, strict=True))
         kind = wide(x.dtype)
-        dt = linear_wide(dt.to(x.dtype), self.dt_proj.weight, self.dt_proj.bias)
-        return F.softplus(dt), B.to(kind), C.to(kind)
+        return linear_wide(dt.to(x.dtype), self.dt_proj.weight), B.to(kind), C.to(kind)
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """Gate and project: the result in `wide` precision, so that innovation sees it unrounded."""
-        return linear_wide((y * F.silu(z.to(y.dtype))).to(z.dtype), self.out_proj.weight, self.out_proj.bias)
+    def _out(self, y: Tensor) -> Tensor:
+        """Project: the result in `wide` precision, so that innovation sees it unrounded."""
+        return linear_wide(y, self.out_proj.weight, self.out_proj.bias)
 
     def _transition(self, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_inner, n) and D (d_inner)."""
@@ -68,21 +67,21 @@ class Mamba(nn.Module):
         """u (b, t, d) after `state`: y (b, t, d) in `wide` precision, and the state."""
         x, z = self.in_proj(u.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)
         conv = last_values(state.conv, x, layout)
-        x = F.silu(self.conv(x, state.conv, layout.lookback))
+        past, first = (None, None) if layout.fresh else state
+        x = self.conv(x, past, layout.lookback)
         dt, B, C = self._steps(x)
-        if layout.real is not None:
-            dt = torch.where(layout.real[..., None], dt, 0)  # padding leaves the state as it is
         A, D = self._transition(dt.dtype)
-        y, ssm = selective_scan(x.to(dt.dtype), dt, A, B, C, D, state.ssm, layout.reset)
-        return self._out(y, z), MambaState(conv, ssm)
+        y, ssm = gated_scan(x, z, dt, self.dt_proj.bias, A, B, C, D, first, layout.reset, layout.real)
+        return self._out(y), MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState, step: Step) -> tuple[Tensor, MambaState]:
         """One token: u (b, d)."""
         x, z = self.in_proj(u.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)
         conv = torch.cat([state.conv, x[:, None]], dim=1)[:, 1:]
-        x = F.silu(self.conv(x[:, None], state.conv)[:, 0])
+        x = self.conv(x[:, None], state.conv)[:, 0]
         dt, B, C = self._steps(x)
         A, D = self._transition(dt.dtype)
+        dt = F.softplus(dt + self.dt_proj.bias.to(dt.dtype))
         y, ssm = selective_scan_step(x.to(dt.dtype), dt, A, B, C, D, state.ssm)
-        new = MambaState(conv, ssm)
-        return self._out(y, z), new if step.active is None else choose_rows(step.active, new, state)
+        new, y = MambaState(conv, ssm), y * F.silu(z.to(y.dtype))
+        return self._out(y.to(z.dtype)), new if step.active is None else choose_rows(step.active, new, state)

@@ -52,7 +52,7 @@ class Mamba2(nn.Module):
     def _read(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), B and C (..., h, n) and dt (..., h) in `wide` precision, after the convolution."""
         kind, h = wide(xBC.dtype), self.size.heads
-        x, B, C = F.silu(xBC).to(kind).split(self.size.widths, dim=-1)
+        x, B, C = xBC.to(kind).split(self.size.widths, dim=-1)
         p, n = self.size.head_dim, self.size.d_state
         x, B, C = (to_heads(y.unflatten(-1, (-1, width)), h) for y, width in ((x, p), (B, n), (C, n)))
         return x, B, C, F.softplus(dt.to(kind) + self.dt_bias).clamp(*self.options.dt_limit)
@@ -68,7 +68,7 @@ class Mamba2(nn.Module):
         """u (b, t, d) after `state`: y (b, t, d) in `wide` precision, and the state."""
         z, xBC, dt = self._project(u)
         conv = last_values(state.conv, xBC, layout)
-        x, B, C, dt = self._read(self.conv(xBC, state.conv, layout.lookback), dt)
+        x, B, C, dt = self._read(self.conv(xBC, None if layout.fresh else state.conv, layout.lookback), dt)
         if layout.real is not None:
             dt = torch.where(layout.real[..., None], dt, 0)  # padding leaves the state as it is
         g = -torch.exp(self.A_log.to(dt.dtype)) * dt

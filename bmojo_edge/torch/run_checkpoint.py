@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bmojo_edge.tensors import CheckpointError, read_json
 
@@ -66,7 +67,7 @@ class RunCheckpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Copy the tensors and write them in the background; waits for a save that is still under way.
 
-        Raises what that one raised.
+        Raises CheckpointError telling what went wrong in that one.
         """
         self.wait()
         target, partial = self.path(step), self.folder / f"{_PARTIAL}{step:08d}"
@@ -79,10 +80,13 @@ class RunCheckpoints:
         self._pending = saving
 
     def wait(self) -> None:
-        """Until the last save is on the disk; raises what went wrong in it."""
+        """Until the last save is on the disk; raises CheckpointError telling what went wrong in it."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            except CheckpointException as error:
+                raise CheckpointError(f"{self.folder}: the last checkpoint was not written: {_first(error)}") from None
 
     def _complete(self, partial: Path, target: Path, info: dict[str, Any]) -> None:
         files = sorted(partial.iterdir())
@@ -131,7 +135,15 @@ class RunCheckpoints:
                 raise CheckpointError(f"{self.path(step)}: tensor {name!r} {found}, needed is {tuple(tensor.shape)}")
         _expect_no_group()
         reader = HuggingFaceStorageReader(str(self.path(step)))
-        dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self.path(step)}: cannot be read: {_first(error)}") from None
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """What went wrong in the first process that failed."""
+    return next(iter(error.failures.values()))[0]
 
 
 def _expect_no_group() -> None:

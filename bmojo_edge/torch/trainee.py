@@ -60,18 +60,22 @@ class _Loss(nn.Module):
         hidden, state = self.model.hidden(tokens, state, segments)
         logits = self.model.head(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return loss, map_leaves(lambda x: x.detach(), state)
+        return loss, state
 
 
 class _Body(nn.Module):
-    """A layer as a function of its parameters, whatever its own `forward` has been made to do."""
+    """A layer as a function of its parameters, whatever its own `forward` has been made to do.
+
+    Gradients end with a call: its state is detached.
+    """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, *arguments: Any) -> BlockResult:
-        return Block.forward(self.block, *arguments)
+        result = Block.forward(self.block, *arguments)
+        return BlockResult(result.out, map_leaves(lambda x: x.detach(), result.state), None)
 
 
 def float32_names(config: Config) -> set[str]:

@@ -28,11 +28,12 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
-from bmojo_edge.config import Config
+from bmojo_edge.config import Config, Quantization
 from bmojo_edge.mlx import Model
 from bmojo_edge.mlx.decode import run_step
 from bmojo_edge.mlx.layout import Step
 from bmojo_edge.presets import PRESETS
+from bmojo_edge.quantize import is_quantizable
 from bmojo_edge.state import leaves
 from bmojo_metal import use_kernels
 
@@ -72,6 +73,7 @@ PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}
 # What stands in the trace for a kernel of ours, MLX's norm and MLX's attention: nothing else uses these primitives.
 KERNEL, NORM, ATTENTION = "ErfInv", "Erf", "LogicalNot"
 NAMES = {KERNEL: "kernels of ours", NORM: "norms", ATTENTION: "MLX's attention"}
+PRODUCTS_OF_OURS, NORMS_OF_OURS = {"linear_wide"}, {"add_rms_norm"}
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,15 @@ def hollow(x: Any) -> Any:
 
 
 def model_of(config: Config, bits: int | None) -> Model:
-    """A model whose weights take no memory, quantised in groups of 64 where `bits` is given."""
+    """A model whose weights take no memory, quantised as `convert` does it, in groups of 64, where `bits` is given."""
     model = Model(config)
     if bits is not None:
-        nn.quantize(model, 64, bits, class_predicate=lambda _, module: hasattr(module, "to_quantized"))
+        rule = Quantization(bits=bits, group_size=64)
+
+        def chosen(path: str, module: Any) -> bool:
+            return hasattr(module, "to_quantized") and is_quantizable(f"{path}.weight", module.weight.shape, rule)
+
+        nn.quantize(model, rule.group_size, rule.bits, class_predicate=chosen)
     model.update(tree_map(hollow, model.parameters()))
     mx.eval(model.parameters())
     return model
@@ -267,31 +274,44 @@ def mx_size(config: Config) -> int:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
+def of_a_layer(config: Config, bits: int | None, kernels: bool) -> tuple[Counter[str], Counter[str], Trace]:
+    """What a layer dispatches, all and without products and norms, and the trace of the whole step.
+
+    Kernels of ours go by their own names.
+    """
+
+    def named(trace: Trace) -> Counter[str]:
+        return trace.dispatches + Counter(launch.kernel for launch in trace.launches) - Counter({KERNEL: 10**9})
+
+    trace = traced(model_of(config, bits), kernels)
+    fewer = traced(model_of(config.replace(layer_types=config.layer_types[1:], n_layers=None), bits), kernels)
+    everything = named(trace)
+    everything.subtract(named(fewer))
+    everything = +everything
+    known = {*PRODUCTS, NORM, *PRODUCTS_OF_OURS, *NORMS_OF_OURS}
+    return everything, Counter({name: n for name, n in everything.items() if name not in known}), trace
+
+
 def row(weights: str) -> dict[str, Any]:
     """Counts and bytes of the preset with `weights` "float16", "8 bits" or "4 bits"."""
     fields: dict[str, Any] = {**PRESETS[PRESET], "dtype": "float16", "n_sinks": 4}
-    model = model_of(Config(**fields), None if weights == "float16" else int(weights[0]))
-    n_layers = len(model.config.layer_types)
-    less = Config(**{**fields, "layer_types": fields["layer_types"][1:]})
-    fewer = model_of(less, None if weights == "float16" else int(weights[0]))
-    found: dict[str, Any] = {"model": PRESET, "layers": n_layers, "weights": weights}
+    config, bits = Config(**fields), None if weights == "float16" else int(weights[0])
+    model = model_of(config, bits)
+    found: dict[str, Any] = {"model": PRESET, "layers": len(config.layer_types), "weights": weights}
     read, written = state_required(model)
     found |= {"weight_bytes": parameters_read(model), "state_read_bytes": read, "state_written_bytes": written}
     found["required_bytes"] = found["weight_bytes"] + read + written
     for kernels in (False, True):
-        trace, name = traced(model, kernels), "kernels" if kernels else "plain"
-        a_layer = Counter(trace.dispatches)
-        a_layer.subtract(traced(fewer, kernels).dispatches)
-        a_layer = Counter({k: n for k, n in a_layer.items() if n})
-        if kernels:
-            found["kernels_of_a_layer"] = Counter(launch.kernel for launch in trace.launches[: a_layer[KERNEL]])
-        outside = {k: n for k, n in a_layer.items() if k not in (*PRODUCTS, NORM)}
+        a_layer, outside, trace = of_a_layer(config, bits, kernels)
+        rotated = of_a_layer(config.replace(rope_theta=10000.0), bits, kernels)[1]
         moved = bytes_moved(model, trace)
-        found[name] = {
+        found["kernels" if kernels else "plain"] = {
             "dispatches": trace.dispatches.total(),
             "dispatches_of_a_layer": a_layer.total(),
-            "outside_products_and_norms": sum(outside.values()),
+            "outside_products_and_norms": outside.total(),
+            "outside_products_and_norms_with_rope": rotated.total(),
             "which": {NAMES.get(k, k): n for k, n in sorted(outside.items(), key=lambda item: (-item[1], item[0]))},
+            "products_and_norms": {NAMES.get(k, k): n for k, n in sorted((a_layer - outside).items())},
             "moved_bytes": moved,
             "moved_to_required": round(moved / found["required_bytes"], 4),
         }
@@ -308,14 +328,17 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     lines += ["", "| weights | launches | plain MLX | with our kernels | at most |", "|---|---|---|---|---|"]
     names = {"dispatches": "of the token", "dispatches_of_a_layer": "of a layer"}
     names["outside_products_and_norms"] = "of a layer, outside products and norms"
+    names["outside_products_and_norms_with_rope"] = "the same with rotary positions"
     for r in rows:
         for key, name in names.items():
-            most = LAUNCHES_ALLOWED if key == "outside_products_and_norms" else ""
+            most = LAUNCHES_ALLOWED if key.startswith("outside") else ""
             lines.append(f"| {r['weights']} | {name} | {r['plain'][key]} | {r['kernels'][key]} | {most} |")
     kernels = first["kernels"]
-    ours = ", ".join(f"{name} {n}" if n > 1 else name for name, n in first["kernels_of_a_layer"].items())
-    rest = ", ".join(f"{name} {n}" for name, n in kernels["which"].items() if name != NAMES[KERNEL])
-    lines += ["", f"A layer with {first['weights']} weights: {ours}. Besides them: {rest or 'nothing'}.", ""]
+    outside, rest = (
+        ", ".join(f"{name} {n}" if n > 1 else name for name, n in kernels[key].items())
+        for key in ("which", "products_and_norms")
+    )
+    lines += ["", f"A layer with {first['weights']} weights: {outside}. Products and norms: {rest}.", ""]
     lines += ["| weights | weights read | state read | state written | required | moved | ratio | plain MLX |"]
     lines[-1] = lines[-1].replace("ratio", f"ratio, at most {BYTES_ALLOWED}")
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -326,7 +349,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join([r['weights'], *cells, *ratios])} |")
     lines += [
         "",
-        "Tokens a second that bandwidth allows, no more: Apple's GB/s (M1: of its memory chips) over bytes moved.",
+        "Tokens a second that bandwidth allows, no more: GB/s of Apple's published specifications (M1, for which Apple",
+        "gives none: of its memory chips) over bytes moved. Computed ceilings; no Apple GPU has run this.",
         "",
     ]
     lines += ["| chip | GB/s | " + " | ".join(r["weights"] for r in rows) + " |", "|---" * (len(rows) + 2) + "|"]

@@ -57,6 +57,7 @@ MODE_FLAGS = {
         "-mllvm",
         "-tsan-instrument-read-before-write=1",
         "-fsanitize=alignment,array-bounds,shift,integer-divide-by-zero,float-cast-overflow,signed-integer-overflow",
+        "-fstrict-flex-arrays=3",  # an array that ends a struct has its bounds too
         "-fsanitize-recover=all",
         "-ftrivial-auto-var-init=pattern",  # an unset private variable is NaN, and the same one every time
     ],

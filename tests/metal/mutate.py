@@ -57,6 +57,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("scan_ends", "constexpr int STATES = (N + LANES) / LANES;"): "lanes have room for states that are masked",
     ("scan_ends", "a[j] = n < N ? -metal::exp(float(A_log[channel * N + n])) : 1.0f;"): "no such state is written",
     ("scan_ends", "const float b = n < N ? float(B[b_at + n * B_strides[2]]) : 1.0f;"): "no such state is written",
+    (
+        "linear_header",
+        "in[j] = at + j < end ? float(x[at - begin + j]) : 1.0f;",
+    ): "a column past the last has no weight, and packed weights have none",
     ("select", "const int floor = bit <= 0 ? threshold : (threshold | 1 << bit) - 1;"): "the same at bit 0",
     ("select", "if (bit >= 0 && above > uint(e)) threshold = floor + 1;"): "with e above the threshold no tie is taken",
     (

@@ -194,6 +194,15 @@ RUNS_WRONG: list[tuple[str, str, Callable[[], Any]]] = [
         lambda: run(I + "float p[4]; for (int k = 0; k <= 4; ++k) p[k] = a[i]; o[i] = p[i & 3];"),
     ),
     (
+        "an array at the end of a struct overrun through a reference",
+        "undefined",
+        lambda: run(
+            I + "sums s; clear(s); o[i] = a[i] + s.of[i & 3];",
+            header="struct sums { float of[4]; };\n"
+            "inline void clear(thread sums& s) { for (int k = 0; k <= 4; ++k) s.of[k] = 0; }",
+        ),
+    ),
+    (
         "integer overflow in an index",
         "undefined",
         lambda: run(I + "int big = int(i) + 2147483640; o[i] = a[i] + float(big > 0);"),

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import State, leaves, map_leaves
+from bmojo_edge.state import State, leaves, map_leaves, state_spec
+from bmojo_edge.torch.layout import fresh_state
 from bmojo_edge.torch.parallel import World
-from bmojo_edge.torch.trainee import fresh_state
 
 _PREFIX = "carried."
 
@@ -26,7 +26,7 @@ class Carried:
 
     def __init__(self, config: Config, rows: int, at_once: int, world: World) -> None:
         self.world, self.at_once = world, at_once
-        self.states = [fresh_state(config, at_once, world.device) for _ in range(rows // at_once)]
+        self.states = [fresh_rows(config, at_once, world.device) for _ in range(rows // at_once)]
         self._growing = tuple(f"layers.{i}." for i in config.growing_layers)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,6 +57,11 @@ class Carried:
             own[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         parts = {name: tensor.split(self.at_once) for name, tensor in own.items()}
         self.states = [_with(s, {name: parts[name][i].clone() for name in own}) for i, s in enumerate(self.states)]
+
+
+def fresh_rows(config: Config, rows: int, device: torch.device) -> State:
+    """The state of rows that have read nothing, in the precision of `config`."""
+    return fresh_state(state_spec(config), rows, getattr(torch, config.dtype), torch.empty(0, device=device))
 
 
 def _of_size(cache: Tensor, size: int) -> Tensor:

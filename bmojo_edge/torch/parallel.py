@@ -97,8 +97,7 @@ class Parallel:
         if sharded:
             self._shard(cast)
         elif world.mesh is not None:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
 
     def _shard(self, cast: torch.dtype | None) -> None:
         policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -230,7 +230,7 @@ class Trainer:
                 loss, state = self._forward(rows, None if self.carried is None else self.carried.states[i])
                 self.parallel.backward(loss / count)
             losses += loss.detach()
-            if self.carried is not None:
+            if self.carried is not None and state is not None:
                 self.carried.states[i] = state
         self.parallel.reduce()
         norm = clip_gradients(parameters, self.settings.optimizer.clip)
@@ -243,13 +243,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["scale"]
 
-    def _forward(self, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+    def _forward(self, rows: Rows, state: State | None) -> tuple[Tensor, State | None]:
         def put(x: Any) -> Tensor:
             tensor = torch.from_numpy(x)
             pinned = tensor.pin_memory() if self.world.device.type == "cuda" else tensor
             return pinned.to(self.world.device, non_blocking=True)
 
-        segments = None if rows.plain else put(rows.segments)
+        segments = None if rows.plain else rows.segments
         restarts = put(rows.restarts) if state is not None and rows.restarts.any() else None
         return self.parallel.module(put(rows.tokens), put(rows.targets), segments, state, restarts)
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import Leaf, State, map_leaves, state_spec
+from bmojo_edge.state import State, map_leaves
 from bmojo_edge.torch.block import Block, BlockResult
 from bmojo_edge.torch.data import NO_TARGET
 from bmojo_edge.torch.model import Model
@@ -34,11 +34,12 @@ class Trainee(nn.Module):
         self.cast = cast
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, segments: Tensor | None, state: State | None, restarts: Tensor | None
-    ) -> tuple[Tensor, State]:
+        self, tokens: Tensor, targets: Tensor, segments: Any, state: State | None, restarts: Tensor | None
+    ) -> tuple[Tensor, State | None]:
         """Sum of the losses in nats over targets (n, t) that are not NO_TARGET, and the state after tokens (n, t).
 
-        segments (n, t) as `Model.forward` takes them; state None: fresh; restarts (n,): rows that drop their state.
+        segments (n, t) as `Model.forward` takes them; state None: rows begin here, and leave none; restarts (n,): rows
+        that drop their state. Segments in NumPy let nothing wait for a GPU.
         """
         arguments = (tokens, targets, segments, state, restarts)
         if self.cast is None:
@@ -53,11 +54,13 @@ class _Loss(nn.Module):
         self.model = model
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, segments: Tensor | None, state: State | None, restarts: Tensor | None
-    ) -> tuple[Tensor, State]:
-        if state is not None and restarts is not None:
-            state = self.model.reset(state, restarts)
-        hidden, state = self.model.hidden(tokens, state, segments)
+        self, tokens: Tensor, targets: Tensor, segments: Any, state: State | None, restarts: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        if state is None:
+            hidden = self.model.activations(tokens, segments)
+        else:
+            state = state if restarts is None else self.model.reset(state, restarts)
+            hidden, state = self.model.hidden(tokens, state, segments)
         logits = self.model.head(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
         return loss, state
@@ -75,7 +78,8 @@ class _Body(nn.Module):
 
     def forward(self, *arguments: Any) -> BlockResult:
         result = Block.forward(self.block, *arguments)
-        return BlockResult(result.out, map_leaves(lambda x: x.detach(), result.state), None)
+        state = None if result.state is None else map_leaves(lambda x: x.detach(), result.state)
+        return BlockResult(result.out, state, None)
 
 
 def float32_names(config: Config) -> set[str]:
@@ -102,12 +106,3 @@ def _run(body: _Body, names: list[str], cast: torch.dtype | None, *arguments: An
         return body(*arguments)
     parameters = dict(body.block.named_parameters())
     return functional_call(body, {f"block.{n}": parameters[n].to(cast) for n in names}, arguments)
-
-
-def fresh_state(config: Config, rows: int, device: torch.device) -> State:
-    """The state of rows that have read nothing, in the dtypes of `config`."""
-
-    def fresh(leaf: Leaf) -> Tensor:
-        return torch.full(leaf.shape, leaf.fill, dtype=getattr(torch, leaf.dtype), device=device)
-
-    return map_leaves(fresh, state_spec(config, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import time
@@ -22,6 +23,7 @@ from bmojo_edge.torch.parallel import World
 from bmojo_edge.torch.run_checkpoint import RunCheckpoints
 from bmojo_edge.torch.train import SMOOTHED, Diverged, Trainer, divergence, train
 from bmojo_edge.train_config import TrainConfig
+from tests.absent import absent
 from tests.helpers import rms_ratio
 from tests.training import SMALL, finish, losses, make_data, settings, start
 
@@ -217,9 +219,9 @@ def _drop_after(config: TrainConfig, step: int) -> None:
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def kill_and_resume(root: Path, name: str, kills: int, steps: int, seed: int) -> None:
+def kill_and_resume(root: Path, name: str, kills: int, steps: int, seed: int, **more: Any) -> None:
     """Kill a run at random moments; every checkpoint there ever is loads, none is lost, and the end is the same."""
-    fields: dict[str, Any] = {"steps": steps, "checkpoints": {"every": 1, "keep": 2}}
+    fields: dict[str, Any] = {"steps": steps, "checkpoints": {"every": 1, "keep": 2}, **more}
     want, config = settings(root, f"{name}-want", **fields), settings(root, name, **fields)
     train(want)
     rng, checkpoints, best = random.Random(seed), RunCheckpoints(Path(config.out) / "checkpoints", 2), 0
@@ -252,6 +254,20 @@ def test_killed_twice(root: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_ten_random_moments(root: Path, seed: int) -> None:
     kill_and_resume(root, f"killed-{seed}", kills=10, steps=60, seed=seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_killed_on_a_gpu(tmp_path: Path, deterministic: bool) -> None:
+    """In bfloat16, with the kernels, documents that begin and end anywhere, and carried states."""
+    make_data(tmp_path / "data", [700, 90, 33, 2000, 450, 64, 128, 1500, 7, 3000] * 4, vocab=256)
+    fields: dict[str, Any] = {
+        "model": {"preset": "tiny", "n_layers": 2, "n_sinks": 4, "rope_theta": 10_000.0},
+        "data": {"sequence_length": 256},
+        "batch": {"tokens": 2048, "rows": 4},
+        "system": {"device": "cuda", "deterministic": deterministic},
+    }
+    kill_and_resume(tmp_path, "killed", 2, 24, seed=0, **fields)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -320,7 +336,8 @@ def test_divergence() -> None:
     assert divergence([2.0] * 30 + [5.0] * SMOOTHED) == pytest.approx(3.0)
 
 
-def test_errors_are_one_line_and_name_the_field(toml: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line_and_name_the_field(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for change, message in (
         ("optimizer.lrr=1", "optimizer.lrr: is not a known field"),
         ("data.train=nowhere", "nowhere: no such folder"),
@@ -389,7 +406,8 @@ def test_curves_of_nothing_are_an_error(tmp_path: Path) -> None:
 
 
 def test_tensorboard(root: Path) -> None:
-    pytest.importorskip("tensorboard")
+    if importlib.util.find_spec("tensorboard") is None:
+        absent("the test of TensorBoard", "tensorboard is not installed")
     config = settings(root, "board", steps=2, log={"tensorboard": True})
     train(config)
     assert list((Path(config.out) / "tensorboard").glob("events.*"))

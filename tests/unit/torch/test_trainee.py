@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bmojo_edge.state import leaves
+from bmojo_edge.torch.carried import fresh_rows
 from bmojo_edge.torch.data import NO_TARGET
 from bmojo_edge.torch.load import load_weights
 from bmojo_edge.torch.model import Model
-from bmojo_edge.torch.trainee import Trainee, float32_names, fresh_state, prepare
+from bmojo_edge.torch.trainee import Trainee, float32_names, prepare
 from tests.helpers import GRID, odd, random_tokens, random_weights, rms_ratio
 
 CONFIGS = {"bmojo": odd(), "mixed": GRID["mixed"], "full attention": odd("attention", "bmojo"), "mamba": GRID["mamba"]}
@@ -37,12 +38,12 @@ def test_carried_states_equal_one_long_sequence(name: str) -> None:
     tokens = torch.from_numpy(random_tokens(config, 2, 72))
     targets, parts = shifted(tokens), trainee(config)
     whole, _ = parts(tokens, targets, None, None, None)
-    state, total = fresh_state(config, 2, torch.device("cpu")), torch.zeros(())
+    state, total = fresh_rows(config, 2, torch.device("cpu")), torch.zeros(())
     for begin in range(0, 72, 24):
         here = slice(begin, begin + 24)
         loss, state = parts(tokens[:, here], targets[:, here], None, state, None)
         total = total + loss
-        assert all(not leaf.requires_grad for _, leaf in leaves(state))
+        assert state is not None and all(not leaf.requires_grad for _, leaf in leaves(state))
     torch.testing.assert_close(total, whole, rtol=2e-6, atol=0)
     total.backward()
 
@@ -65,11 +66,11 @@ def test_rows_that_restart_forget() -> None:
     config = CONFIGS["mixed"]
     tokens = torch.from_numpy(random_tokens(config, 2, 48))
     first, second, parts = tokens[:, :24], tokens[:, 24:], trainee(config)
-    _, state = parts(first, shifted(first), None, fresh_state(config, 2, torch.device("cpu")), None)
+    _, state = parts(first, shifted(first), None, fresh_rows(config, 2, torch.device("cpu")), None)
     got, _ = parts(second, shifted(second), None, state, torch.tensor([False, True]))
     kept, _ = parts(second, shifted(second), None, state, None)
     row = second[1:]
-    _, state_0 = parts(first[:1], shifted(first[:1]), None, fresh_state(config, 1, torch.device("cpu")), None)
+    _, state_0 = parts(first[:1], shifted(first[:1]), None, fresh_rows(config, 1, torch.device("cpu")), None)
     want = (
         parts(second[:1], shifted(second[:1]), None, state_0, None)[0] + parts(row, shifted(row), None, None, None)[0]
     )
@@ -97,7 +98,7 @@ def test_bfloat16_computes_as_a_bfloat16_model_and_keeps_float32_parameters() ->
     config = CONFIGS["bmojo"].replace(dtype="bfloat16")
     tokens = torch.from_numpy(random_tokens(config, 2, 30))
     module, half = trainee(config, torch.bfloat16), load_weights(Model(config), random_weights(config))
-    loss, state = module(tokens, shifted(tokens), None, None, None)
+    loss, state = module(tokens, shifted(tokens), None, fresh_rows(config, 2, torch.device("cpu")), None)
     logits, want_state = half(tokens)
     want = F.cross_entropy(logits.flatten(0, 1).float(), shifted(tokens).flatten(), reduction="sum")
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bmojo_edge.parity import ParityError, Pass
 from bmojo_edge.state import State
 from bmojo_edge.torch.load import load
+from bmojo_edge.torch.ops import on_gpu
 
 
 class Observed:
@@ -27,7 +28,7 @@ class Observed:
             "engine": "torch",
             "version": torch.__version__,
             "device": torch.cuda.get_device_name(self.model.device) if cuda else self.model.device.type.upper(),
-            "kernels": "CUDA" if cuda else "no, plain PyTorch",
+            "kernels": "Triton (bmojo_cuda)" if on_gpu(self.model.embed.weight) else "no, plain PyTorch",
         }
 
     @torch.no_grad()

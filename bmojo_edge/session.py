@@ -108,6 +108,16 @@ class Session:
         return self._lm.config
 
     @property
+    def lm(self) -> LM:
+        """The model."""
+        return self._lm
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        return self._system
+
+    @property
     def position(self) -> int:
         """Tokens the conversation has so far."""
         if self._answering is None:
@@ -189,7 +199,7 @@ class Session:
         if not self._turns:
             raise SessionError("regenerate: there is no answer yet")
         if not self._turns[-1].user_whole:
-            raise SessionError(f"regenerate: of the question a file kept {SAVED_TEXT:,} characters; edit() it")
+            raise SessionError(f"regenerate: the file kept only {SAVED_TEXT:,} characters of the question; edit() it")
         return self._instead(1, self._turns[-1].user, self._point.now.draws, options)
 
     def edit(self, text: str, turns: int = 1, **options: Unpack[Options]) -> Iterator[str]:
@@ -231,6 +241,20 @@ class Session:
             del self._turns[n - turns :]
             self._point = point
         return self
+
+    def last_exchange(self) -> tuple[Any, list[int], list[int]]:
+        """What the last answer came from: a state, the ids that were fed to it, and the answer's ids.
+
+        Raises SessionError where there is no answer, or a file did not keep what it takes.
+        """
+        twin = self._settled()
+        if not twin._turns:
+            raise SessionError("there is no answer yet")
+        turn = twin._turns[-1]
+        if not turn.user_whole or (turn.answer and not turn.answer_ids):
+            raise SessionError("the last exchange is longer than what a session file keeps whole")
+        _, base, ids = twin.rewind()._plan(turn.user)
+        return base.state, [*base.pending, *ids], turn.answer_ids
 
     # --- on the disk
 

@@ -82,8 +82,22 @@ def write(path: Path, lm: LM, content: Mapping[str, Any], moments: Sequence[Mome
     head = {"format": FORMAT, "version": str(VERSION), "session": body, "crc32": sums}
     head["checksum"] = _checksum(head, shapes)
     head["padding"] = " " * (-len(body.encode()) % _ROUND)
+    _check_replaceable(path)
     with staged_file(path) as file:
         write_tensors(file, tensors, head)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise SessionError where `path` is anything but a session, an empty file or nothing."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ours = (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise SessionError(f"{path}: exists and is no session file, so it is not replaced; choose another name")
 
 
 def _arrays(moment: Moment, config: Config) -> dict[str, np.ndarray]:
@@ -132,6 +146,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if f"{zlib.crc32(raw_bytes(tensors[name])):08x}" != crc:
             raise SessionError(f"{path}: damaged: tensor {name!r} is not what was written")
     return json.loads(head["session"]), tensors
+
+
+def model_folder(path: Path) -> str | None:
+    """Where the model of a session was when it was saved."""
+    return read(path)[0]["model"]["folder"]
 
 
 def opened(path: Path, lm: LM) -> tuple[dict[str, Any], list[Moment]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, data, doctor, generate, info, parity, train
+from bmojo_edge.cli import chat, convert, data, doctor, generate, info, inspect, parity, train
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -22,6 +22,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
+app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")

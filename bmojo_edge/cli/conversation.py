@@ -1,0 +1,233 @@
+"""The loop of `bmojo-edge chat`: questions, answers, and commands that begin with a slash.
+
+What is said is saved after each answer where there is a file to save it in; a kill loses at most the answer in hand.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from bmojo_edge.cli.failures import say_error
+from bmojo_edge.cli.terminal import console, size, write
+
+if TYPE_CHECKING:
+    from bmojo_edge.generate import Options
+    from bmojo_edge.session import Session
+
+COMMANDS = {
+    "/help": "this list",
+    "/rewind [N]": "take back the last N exchanges (1)",
+    "/regenerate": "answer the last question anew",
+    "/edit [N] TEXT": "say TEXT in place of the question N exchanges ago (1)",
+    "/fork [FILE]": "go on in a copy, saved in FILE if given; /back returns to this point",
+    "/back": "leave the copy for the conversation it was made from",
+    "/save FILE": "save the conversation, and go on saving it there",
+    "/open FILE": "go on with a saved conversation",
+    "/memory": "which old tokens the model keeps, and what the last answer was read from",
+    "/reset": "begin again",
+    "/exit": "leave; so does Ctrl-D",
+}
+
+
+def answer(pieces: Iterator[str]) -> float:
+    """Stream an answer to stdout; the seconds from its first piece to its last."""
+    first = last = 0.0
+    for piece in pieces:
+        last = time.perf_counter()
+        first = first or last
+        write(piece)
+    write("\n")
+    return last - first
+
+
+def status(session: Session, speed: float | None = None, stopped: str = "") -> None:
+    """Position and bytes of the state, on stderr."""
+    state = f"state {size(session.nbytes)}, " + ("growing" if session.config.growing_layers else "constant")
+    parts = [f"position {session.position:,}", state]
+    parts += [f"{speed:.1f} tokens/s"] if speed else []
+    parts += [stopped] if stopped else []
+    console.print(f"[dim]{' · '.join(parts)}[/]\n", soft_wrap=True)
+
+
+class Conversation:
+    """A session, the file it is saved in, and those it was forked from. `begin` makes a fresh session."""
+
+    def __init__(self, begin: Callable[[], Session], sampling: Options, session: Session, path: Path | None) -> None:
+        self._begin, self._sampling = begin, sampling
+        self._session, self._path = session, path
+        self._put_aside: list[tuple[Session, Path | None]] = []
+        self._interrupted = False  # whether the last thing that happened was Ctrl-C
+        self._doing: dict[str, Callable[[str], None]] = {
+            "/help": self._help, "/rewind": self._rewind, "/regenerate": self._regenerate, "/edit": self._edit,
+            "/fork": self._fork, "/back": self._back, "/save": self._save_as, "/open": self._open,
+            "/memory": self._memory, "/reset": self._reset,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Read lines until the end."""
+        if sys.stdin.isatty():
+            _complete_commands()
+            console.print("[dim]/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.[/]")
+        while True:
+            try:
+                if not self._exchange():
+                    return
+            except KeyboardInterrupt:  # not while answering
+                write("\n")
+                if self._interrupted:
+                    return
+                self._interrupted = True
+                console.print("[dim]Ctrl-C again or Ctrl-D leaves.[/]")
+
+    def _exchange(self) -> bool:
+        """Read a line and do what it says; whether the conversation goes on."""
+        try:
+            text = input(_prompt() if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            write("\n" if sys.stdin.isatty() else "")
+            return False
+        self._interrupted = False
+        if text.startswith("/"):
+            name, _, rest = text.partition(" ")
+            return self._command(name, rest.strip())
+        if text:
+            self._stream(lambda: self._session.say(text, **self._sampling))
+        return True
+
+    def _stream(self, ask: Callable[[], Iterator[str]]) -> None:
+        speed, stopped = None, ""
+        try:
+            seconds = answer(ask())
+            turn = self._session.turns[-1]
+            speed = (len(turn.answer_ids) - 1) / seconds if len(turn.answer_ids) > 1 and seconds else None
+            if turn.finish_reason == "length":
+                stopped = f"cut at {self._sampling.get('max_tokens')} tokens (--max-tokens)"
+        except KeyboardInterrupt:
+            write("\n")
+            self._interrupted, stopped = True, "stopped"
+        except ValueError as error:  # the template or the tokenizer refuses the text; the conversation stands
+            say_error(str(error))
+            return
+        self._save()
+        status(self._session, speed, stopped)
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        try:
+            self._session.save(self._path)
+        except (OSError, ValueError) as error:
+            say_error(f"not saved: {error}")
+
+    def _command(self, name: str, rest: str) -> bool:
+        """Do what a slash command says; whether the conversation goes on."""
+        if name == "/exit":
+            return False
+        if name not in self._doing:
+            say_error(f"{name}: no such command; /help lists them")
+            return True
+        try:
+            self._doing[name](rest)
+        except (OSError, ValueError) as error:
+            say_error(f"{name} {error}")
+        return True
+
+    def _help(self, rest: str) -> None:
+        width = max(map(len, COMMANDS)) + 2
+        console.print(escape("\n".join(f"{name:<{width}}{what}" for name, what in COMMANDS.items())))
+
+    def _rewind(self, rest: str) -> None:
+        self._session.rewind(int(rest) if rest else 1)
+        self._save()
+        status(self._session)
+
+    def _regenerate(self, rest: str) -> None:
+        self._stream(lambda: self._session.regenerate(**self._sampling))
+
+    def _edit(self, rest: str) -> None:
+        first, _, others = rest.partition(" ")
+        turns, text = (int(first), others.strip()) if first.isdecimal() and others else (1, rest)
+        if not text:
+            raise ValueError("needs the text to say instead")
+        self._stream(lambda: self._session.edit(text, turns, **self._sampling))
+
+    def _fork(self, rest: str) -> None:
+        path = Path(rest) if rest else None
+        fork = self._session.fork()
+        if path is not None:
+            fork.save(path)
+        self._put_aside.append((self._session, self._path))
+        self._session, self._path = fork, path
+        kept = f"saved in {escape(str(path))}" if path else "not saved; /save FILE keeps it"
+        console.print(f"[dim]A copy, {kept}. /back returns to the conversation as it was here.[/]")
+
+    def _back(self, rest: str) -> None:
+        if not self._put_aside:
+            raise ValueError("leads nowhere: this conversation is no copy")
+        self._session, self._path = self._put_aside.pop()
+        status(self._session)
+
+    def _save_as(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("needs the name of a file")
+        self._session.save(rest)
+        self._path = Path(rest)
+        console.print(f"[dim]Saved in {escape(rest)}.[/]")
+
+    def _open(self, rest: str) -> None:
+        from bmojo_edge.session import Session
+
+        if not rest:
+            raise ValueError("needs the name of a file")
+        self._session = Session.open(rest, self._session.lm)
+        self._path, self._put_aside = Path(rest), []
+        resumed(self._session)
+
+    def _memory(self, rest: str) -> None:
+        from bmojo_edge.cli.inspect import print_inspection
+        from bmojo_edge.inspection import inspect
+
+        print_inspection(inspect(self._session), console)
+
+    def _reset(self, rest: str) -> None:
+        self._session = self._begin()
+        self._save()
+        status(self._session)
+
+
+def resumed(session: Session) -> None:
+    """Where a saved conversation goes on, on stderr."""
+    last = session.turns[-1].user if session.turns else ""
+    said = f", after {escape(repr(last if len(last) < 60 else last[:57] + '...'))}" if last else ""
+    console.print(f"[dim]resumed at position {session.position:,}{said}[/]", soft_wrap=True)
+
+
+def _complete_commands() -> None:
+    """Editing and history for input(); Tab completes commands and names of files after them."""
+    import glob
+    import readline
+
+    names = sorted({command.partition(" ")[0] for command in COMMANDS})
+
+    def complete(text: str, state: int) -> str | None:
+        line = readline.get_line_buffer()
+        found = (
+            [name for name in names if name.startswith(text)] if line == text else glob.glob(glob.escape(text) + "*")
+        )
+        return [*found, None][state] if state <= len(found) else None
+
+    if line_begins := readline.get_completer_delims():
+        readline.set_completer_delims(line_begins.replace("/", "").replace("-", "").replace(".", ""))
+    readline.set_completer(complete)
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+
+
+def _prompt() -> str:
+    """What stands before a question; readline must be told which characters take no room."""
+    return "\001\033[1;36m\002› \001\033[0m\002" if console.is_terminal and not console.no_color else "› "

@@ -186,7 +186,12 @@ class Model(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of normalised activations (..., d)."""
-        return F.linear(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(v, d): what turns normalised activations into logits."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def _run(self, tokens: Any, state: State | None, segment_ids: Any, lengths: Any, eidetic_index: Any) -> _Run:
         tokens = self._integers(tokens, "tokens", 2)

@@ -79,8 +79,17 @@ def test_wired_ops_equal_the_plain_ones(name: str, packed: bool, monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it, and silences it for itself
-@pytest.mark.parametrize("wired", [False, True])
-@pytest.mark.parametrize("name", ["rotated, sinks", "hybrid"])
+@pytest.mark.parametrize(
+    ("name", "wired"),
+    [
+        ("rotated, sinks", False),
+        ("no ssm", True),
+        pytest.param(
+            "rotated, sinks", True, marks=pytest.mark.slow
+        ),  # the references of scan and convolution are loops
+        pytest.param("hybrid", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_layer_is_one_graph(name: str, wired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph break, hence nothing that waits for the GPU; compiled it computes what it computes eagerly."""
     torch.manual_seed(0)

@@ -61,6 +61,22 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "linear_header",
         "in[j] = at + j < end ? float(x[at - begin + j]) : 1.0f;",
     ): "a column past the last has no weight, and packed weights have none",
+    (
+        "selective_scan_step",
+        "for (int begin = 0; begin <= channels; begin += TILE) {",
+    ): "a tile without channels adds nothing",
+    (
+        "selective_scan_step",
+        "for (int first = group * ROWS; first <= WIDTH; first += GROUPS * ROWS) {",
+    ): "rows past the last are not kept",
+    (
+        "selective_scan_step",
+        "for (int base = int(threadgroup_position_in_grid.x) * int(share); base <= stop; base += TOGETHER) {",
+    ): "a round without channels",
+    (
+        "selective_scan_step",
+        "constexpr int STATES = (N + LANES) / LANES, TOGETHER = 32 * GROUPS / LANES;",
+    ): "lanes share out the states otherwise",
     ("select", "const int floor = bit <= 0 ? threshold : (threshold | 1 << bit) - 1;"): "the same at bit 0",
     ("select", "if (bit >= 0 && above > uint(e)) threshold = floor + 1;"): "with e above the threshold no tie is taken",
     (

@@ -102,30 +102,30 @@ def tokens_for(vocab_size: int, n: int) -> np.ndarray:
     return (z % np.uint64(vocab_size)).astype(np.int64)
 
 
-def borders(config: Config) -> dict[int, str]:
-    """Lengths at which a memory begins to be used or to overflow, and which."""
+def borders(config: Config) -> dict[str, int]:
+    """Lengths at which a memory begins to be used or to overflow, by its name."""
     w, f, c = config.window, config.n_fading, config.chunk_size
-    found: dict[int, str] = {}
+    found: dict[str, int] = {}
     if "bmojo" in config.layer_types:
-        found |= {c: "chunk", w: "window"}
-        found |= {w + f: "fading memory"} if f else {}
-        found |= {w + config.n_sinks: "sinks"} if config.n_sinks else {}
-        found |= {w + c + config.n_sinks + config.n_eidetic: "eidetic memory"} if config.n_eidetic else {}
+        found |= {"chunk": c, "window": w}
+        found |= {"fading memory": w + f} if f else {}
+        found |= {"sinks": w + config.n_sinks} if config.n_sinks else {}
+        found |= {"eidetic memory": w + c + config.n_sinks + config.n_eidetic} if config.n_eidetic else {}
     for layer, kind in enumerate(config.layer_types):
         if kind == "attention":
             reach = config.attention_window_of(layer)
-            found |= {reach or GROWTH: "attention window" if reach else "growing cache"}
-    return dict(sorted(found.items()))
+            found |= {f"attention window of {reach:,}": reach} if reach else {"growing cache": GROWTH}
+    return dict(sorted(found.items(), key=lambda border: border[1]))
 
 
 def default_tokens(config: Config) -> int:
     """A length that crosses every border of the memories by more than a chunk, 4,096 at most."""
-    return min(MOST_TOKENS, max(borders(config), default=64) + 2 * config.chunk_size + 3)
+    return min(MOST_TOKENS, max(borders(config).values(), default=64) + 2 * config.chunk_size + 3)
 
 
 def pieces(config: Config, n: int) -> dict[str, list[int]]:
     """Ways to feed n tokens: lengths of the calls by the name of the way; in `decode` calls of 1 are decoding steps."""
-    ends = {1, n} | {end + step for end in borders(config) for step in (-1, 0, 1)}
+    ends = {1, n} | {end + step for end in borders(config).values() for step in (-1, 0, 1)}
     cuts = [0, *sorted(end for end in ends if 1 <= end <= n)]
     last = min(n - 1, config.chunk_size + 3)
     ways = {"whole": [n], "pieces": np.diff(cuts).tolist()}

@@ -82,8 +82,8 @@ def record(
         made = parity.record(folder, made_by, tokens)
     made.save(out)
     n = len(made.tokens)
-    crossed = [name for length, name in parity.borders(made.config).items() if length < n]
-    missed = [name for length, name in parity.borders(made.config).items() if length >= n]
+    lengths = parity.borders(made.config)
+    crossed, missed = ([name for name in lengths if (lengths[name] < n) == over] for over in (True, False))
     print(f"{out}: {n:,} tokens, {size(out.stat().st_size)}, made by {_shown(made.engine)}")
     if crossed:
         print(f"filled and overrun: {', '.join(crossed)}")

@@ -97,11 +97,11 @@ def test_quantised_weights_and_shards(tmp_path: Path) -> None:
 def test_every_border_is_crossed_in_every_way() -> None:
     for config in GRID.values():
         n = default_tokens(config)
-        assert all(border + 1 < n for border in borders(config))
+        assert all(border + 1 < n for border in borders(config).values())
         ways = pieces(config, n)
         assert all(sum(lengths) == n for lengths in ways.values())
         cuts = set(np.cumsum(ways["pieces"]).tolist())
-        assert all({border - 1, border, border + 1} - {0} <= cuts for border in borders(config))
+        assert all({border - 1, border, border + 1} - {0} <= cuts for border in borders(config).values())
         steps = ways["decode"][1:]
         assert set(steps) == {1} and any((n - k) % config.chunk_size == 0 for k in range(1, len(steps) + 1))
     assert pieces(GRID["all"], 1) == {"whole": [1], "pieces": [1]}

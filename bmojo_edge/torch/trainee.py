@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +18,7 @@ from bmojo_edge.config import Config
 from bmojo_edge.state import State, map_leaves
 from bmojo_edge.torch.block import Block, BlockResult
 from bmojo_edge.torch.data import NO_TARGET
+from bmojo_edge.torch.loss import linear_cross_entropy
 from bmojo_edge.torch.model import Model
 
 
@@ -61,9 +61,7 @@ class _Loss(nn.Module):
         else:
             state = state if restarts is None else self.model.reset(state, restarts)
             hidden, state = self.model.hidden(tokens, state, segments)
-        logits = self.model.head(hidden).flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return loss, state
+        return linear_cross_entropy(hidden, self.model.head_weight, targets, NO_TARGET), state
 
 
 class _Body(nn.Module):

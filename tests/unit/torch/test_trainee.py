@@ -101,7 +101,7 @@ def test_bfloat16_computes_as_a_bfloat16_model_and_keeps_float32_parameters() ->
     loss, state = module(tokens, shifted(tokens), None, fresh_rows(config, 2, torch.device("cpu")), None)
     logits, want_state = half(tokens)
     want = F.cross_entropy(logits.flatten(0, 1).float(), shifted(tokens).flatten(), reduction="sum")
-    torch.testing.assert_close(loss, want, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, want, rtol=1e-3, atol=0)  # whose logits are rounded
     assert [leaf.dtype for _, leaf in leaves(state)] == [leaf.dtype for _, leaf in leaves(want_state)]
     loss.backward()
     for name, p in module.loss.model.named_parameters():

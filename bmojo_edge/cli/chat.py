@@ -84,6 +84,8 @@ def chat(
                 f"--system: {session} has another system message; leave it out or begin a new file"
             )
         resumed(here)
+    elif session is not None:
+        here.save(session)  # where it cannot be written, that shows before the first question
     if text is None:
         Conversation(begin, sampling, here, session).run()
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 
 from bmojo_edge import reference, reference_memory
 from bmojo_edge.config import Config
+from bmojo_edge.inspection import inspect
+from bmojo_edge.session import Session
 from bmojo_edge.state import MEMORIES, attending
-from tests.helpers import GRID, random_tokens, random_weights, to_numpy
+from bmojo_edge.tokenizer import Tokenizer
+from tests.helpers import GRID, ODD, random_tokens, random_weights, to_numpy
 from tests.twins import ENGINES, build
+from tests.unit import tokenizer_folders
 
 CASES = ["all", "untied, qk-norm, bias", "no fading", "no sinks", "no ssm", "window of one", "mixed",
          "an ssm in one layer"]  # fmt: skip
@@ -72,3 +77,32 @@ def test_shares_are_those_of_the_oracles_softmax(name: str, monkeypatch: pytest.
                     np.testing.assert_allclose(there, share, atol=2e-5, err_msg=f"{memory}, layer {layer}, token {i}")
                 if got:
                     np.testing.assert_allclose(sum(to_numpy(x)[0] for x in got.values()), 1, atol=1e-6)
+
+
+def test_the_attention_of_the_last_answer_is_the_oracles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two exchanges, the second inspected: live, and from a file."""
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = Tokenizer.load(tokenizer_folders.byte_level(tmp_path / "tokenizer"))
+    config = Config(**{**ODD, "vocab_size": tokenizer.vocab_size, "layer_types": ("bmojo", "mamba")})
+    said, ref = [], []
+    for engine in ENGINES:
+        lm = build(engine, config, random_weights(config), tokenizer)
+        session, ids, answer = Session(lm), [], []
+        for text in ("Hello", "the river"):
+            for _ in session.say(text, max_tokens=5):
+                pass
+            _, fed, answer = session.last_exchange()
+            ids = ids[: len(ids) - 1] + fed + answer  # the last token of an answer is fed with the next question
+        assert session.position == len(ids)
+        if ids != said:
+            said, ref = ids, oracle_shares(monkeypatch, config, np.array(ids))
+        queries = range(len(ids) - 1 - len(answer), len(ids) - 1)
+        session.save(tmp_path / "a.bmojo")
+        for found in (inspect(session), inspect(Session.open(tmp_path / "a.bmojo", lm))):
+            assert found.queries == len(queries) == 5
+            for i, layer in enumerate(found.layers):
+                assert bool(layer.attention) == (layer.kind == "bmojo")
+                for name, share in layer.attention.items():
+                    expected = np.mean([ref[q][i][name] for q in queries]) if name in ref[0][i] else 0.0
+                    np.testing.assert_allclose(share, expected, atol=2e-5, err_msg=f"{name}, layer {i}, {engine}")
+            assert sum(found.attention.values()) == pytest.approx(1)

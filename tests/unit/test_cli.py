@@ -425,3 +425,139 @@ def test_ctrl_c_with_a_prompt_is_130(process: Any) -> None:
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
+
+
+# --- chat in a file
+
+
+def test_a_session_file_goes_on_where_it_was(lm: FakeLM, tmp_path: Path) -> None:
+    file = tmp_path / "a.bmojo"
+    first = run("chat", "--session", str(file), "--system", "Be brief.", "--max-tokens", "4", stdin="hello\nwhy?\n")
+    assert first.exit_code == 0, first.output
+    assert "resumed" not in first.stderr
+    saved = Session.open(file, lm)
+    assert [turn.user for turn in saved.turns] == ["hello", "why?"]
+    again = run("chat", "--session", str(file), "--max-tokens", "4", "--temp", "0", stdin="/rewind\nand?\n")
+    assert f"resumed at position {saved.position:,}, after 'why?'" in again.stderr
+    assert [turn.user for turn in Session.open(file, lm).turns] == ["hello", "and?"]
+    once = run("chat", "--session", str(file), "--prompt", "once", "--max-tokens", "4")
+    assert once.exit_code == 0
+    assert [turn.user for turn in Session.open(file, lm).turns] == ["hello", "and?", "once"]
+    assert once.stdout == Session.open(file, lm).turns[-1].answer + "\n"
+
+
+def test_a_session_file_is_refused_by_name(lm: FakeLM, tmp_path: Path) -> None:
+    file = tmp_path / "a.bmojo"
+    run("chat", "--session", str(file), "--system", "Be brief.", "--max-tokens", "1", stdin="hello\n")
+    result = run("chat", "--session", str(file), "--system", "Be long.", stdin="hello\n")
+    assert result.exit_code == 2
+    assert "has another system message" in result.stderr
+    file.write_bytes(file.read_bytes()[:-100])
+    result = run("chat", "--session", str(file), stdin="hello\n")
+    assert result.exit_code == 1
+    assert f"error: {file}: is no session file, or truncated or damaged" in result.stderr
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert run("chat", "--session", str(notes), stdin="hello\n").exit_code == 1
+    assert notes.read_text() == "mine"
+
+
+def test_commands_of_a_conversation_in_files(lm: FakeLM, tmp_path: Path) -> None:
+    main, copy, other = (tmp_path / name for name in ("main.bmojo", "copy.bmojo", "other.bmojo"))
+    lines = [
+        "one", "two", "/edit TWO", "/edit 2 ONE", "/regenerate", f"/fork {copy}", "in the copy", "/back", "/back",
+        f"/save {other}", "three", f"/open {copy}", "four", "/save", "/edit", "/rewind 99", "/open nowhere", "/fork",
+        "unsaved", "/exit",
+    ]  # fmt: skip
+    result = run("chat", "--session", str(main), "--max-tokens", "2", stdin="\n".join(lines))
+    assert result.exit_code == 0, result.output
+    said = {path.stem: [turn.user for turn in Session.open(path, lm).turns] for path in (main, copy, other)}
+    assert said == {"main": ["ONE"], "copy": ["ONE", "in the copy", "four"], "other": ["ONE", "three"]}
+    for says in (
+        "saved in", "/back leads nowhere", "/save needs the name", "/edit needs the text", "between 0 and the 3",
+        "nowhere", "not saved; /save FILE keeps it", "resumed at position",
+    ):  # fmt: skip
+        assert says in result.stderr, says
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_first_question(lm: FakeLM, tmp_path: Path) -> None:
+    result = run("chat", "--session", str(tmp_path / "no" / "a.bmojo"), stdin="one\n")
+    assert result.exit_code == 1
+    assert "no/" in result.stderr
+    assert lm.fed == []
+
+
+def test_a_save_that_fails_does_not_end_the_conversation(
+    lm: FakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saves = Session.save, []
+
+    def full(self: Session, path: Any) -> None:
+        saves.append(path)
+        if len(saves) in (2, 3):
+            raise OSError(28, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(Session, "save", full)
+    result = run("chat", "--session", str(tmp_path / "a.bmojo"), "--max-tokens", "2", stdin="one\ntwo\nthree\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("not saved: [Errno 28] No space left on device") == 2
+    assert len(Session.open(tmp_path / "a.bmojo", lm).turns) == 3
+
+
+# --- inspect
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory, byte_level_folder: Path) -> Path:
+    """A model folder of all memories whose tokenizer can chat."""
+    path = tmp_path_factory.mktemp("talker") / "m"
+    size = Tokenizer.load(byte_level_folder).vocab_size
+    config = Config.preset("tiny", vocab_size=size, n_sinks=2, window=16, n_eidetic=8, layer_types=("bmojo", "mamba"))
+    checkpoint.save(path, config, random_weights(config), byte_level_folder)
+    return path
+
+
+def test_inspect_a_session(talker: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.bmojo"
+    asked = ["chat", str(talker), "--session", str(file), "--max-tokens", "5", "--temp", "0"]
+    shown = run(*asked, stdin="The river runs to the sea, and back.\n/memory\n").stderr
+    found = json.loads(run("inspect", str(file), "--json").stdout)
+    assert [layer["kind"] for layer in found["layers"]] == ["bmojo", "mamba"]
+    kept = found["layers"][0]["eidetic"]
+    assert len(kept) == 8
+    assert [k["position"] for k in kept] == sorted(k["position"] for k in kept)
+    tokenizer = Tokenizer.load(talker)
+    ids = tokenizer.chat([{"role": "user", "content": "The river runs to the sea, and back."}])
+    for k in (*kept, *found["layers"][0]["sinks"]):
+        assert k["id"] == ids[k["position"]]
+        assert k["text"] == tokenizer.decode([k["id"]])
+        assert k["age"] == found["position"] - 1 - k["position"]
+    assert [k["innovation"] for k in found["layers"][0]["sinks"]] == [None, None]
+    assert min(k["innovation"] for k in kept) > 0
+    assert sum(found["attention"].values()) == pytest.approx(1)
+    assert found["attention"] == found["layers"][0]["attention"]
+    assert all(found["attention"][name] > 0 for name in ("window", "fading", "eidetic", "sinks"))
+    assert found["attention"]["storage"] == 0
+    assert found["queries"] == 5
+    assert "attention of the last answer (5 tokens, mean of all layers): window" in " ".join(shown.split())
+    table = run("inspect", str(file), "--all").stdout
+    assert all(f"@{k['position']:,}" in table for k in kept)
+
+
+def test_inspect_a_text(talker: Path) -> None:
+    found = json.loads(run("inspect", str(talker), "--prompt", "The river runs to the sea. " * 5, "--json").stdout)
+    assert len(found["layers"][0]["eidetic"]) == 8
+    assert found["queries"] == 1
+    assert sum(found["attention"].values()) == pytest.approx(1)
+
+
+def test_inspect_says_what_it_needs(lm: FakeLM, talker: Path, tmp_path: Path) -> None:
+    Session(lm).save(tmp_path / "a.bmojo")
+    Session(lm).save(tmp_path / "b.bmojo")
+    for arguments in ([str(talker)], [str(talker), "-p", "x", "-m", "y"], [str(tmp_path / "a.bmojo"), "-p", "x"]):
+        assert run("inspect", *arguments).exit_code == 2
+    assert run("inspect", str(tmp_path / "none")).exit_code == 1
+    result = run("inspect", str(tmp_path / "a.bmojo"), "--model", str(talker))
+    assert result.exit_code == 1
+    assert "in the session and" in result.stderr

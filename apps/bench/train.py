@@ -5,8 +5,9 @@
     python apps/bench/train.py --models bmojo --lengths 2048 --limit 120
 
 Each case is a process (or two) of its own running steps of the trainer on random tokens. Cases are compiled first, side
-by side, for compilation needs the CPU alone; then they are timed one after another. A case that fails is a row with
-`failed` and does not stop the others; results are written after every case, those of other cases stay as they are.
+by side, for that takes the CPU; then they are timed, every GPU having one case at a time. Mamba runs on one GPU alone. A
+case that fails is a row with `failed` and does not stop the others; results are written after every case, those of
+other cases stay as they are.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         return row
 
 
-def start(case: dict[str, Any], steps: int, folder: Path) -> subprocess.Popen[str]:
-    """A process for a case; its result is a file in `folder`."""
+def start(case: dict[str, Any], steps: int, folder: Path, gpu: int = 0) -> subprocess.Popen[str]:
+    """A process for a case, on one GPU or on as many as it takes; its result is a file in `folder`."""
     name = f"{case['model']}-{case['seq_len']}-{case['gpus']}-{steps}"
     order = json.dumps({**case, "steps": steps, "result": str(folder / f"{name}.json")})
     command = [sys.executable]
@@ -118,6 +119,8 @@ def start(case: dict[str, Any], steps: int, folder: Path) -> subprocess.Popen[st
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(case["gpus"]), *endpoint]
     log = (folder / f"{name}.log").open("w")
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "OMP_NUM_THREADS": "1"}
+    if case["gpus"] == 1 and case["device"] == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     return subprocess.Popen(
         [*command, __file__, "--work", order], stdout=log, stderr=subprocess.STDOUT, env=environment, text=True
     )
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=32_768, help="of a step, on one GPU")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
+    parser.add_argument("--side-by-side", type=int, default=1, help="cases of one GPU, each on its own, at a time")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--small", action="store_true", help="tiny models on the CPU: tries this script")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -195,29 +199,44 @@ def run_all(options: argparse.Namespace) -> None:
         for gpus in options.gpus
         for length in options.lengths
         for model in options.models
+        if gpus == 1 or model != "mamba"
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not options.no_compile:
             first = [case for case in cases if case["gpus"] == min(options.gpus)]
-            processes = [(case, start(case, 2, folder)) for case in first]
-            for case, process in processes:
-                found = finish(process, case, 2, folder, options.limit / 2 - (time.monotonic() - begun))
-                if "failed" in found:
-                    print(f"{case['model']} {case['seq_len']}: not compiled: {found['failed']}", flush=True)
-                    for other in cases:
-                        if (other["model"], other["seq_len"]) == (case["model"], case["seq_len"]):
-                            other["compile"] = False
+            compile_all(first, folder, options.side_by_side, options.limit / 2)
+            for case in cases:
+                case["compile"] = (folder / f"{case['model']}-{case['seq_len']}.compiled").exists()
             print(f"compiled after {time.monotonic() - begun:.0f} s", flush=True)
-        for case in cases:
+        while cases:
+            together = [case for case in cases if case["gpus"] == 1][: options.side_by_side] or cases[:1]
+            cases = [case for case in cases if case not in together]
             left = options.limit - (time.monotonic() - begun)
-            found = {"failed": "out of time"}
+            found: list[Any] = [{"failed": "out of time"}] * len(together)
             if left > 10:
-                found = finish(start(case, options.steps, folder), case, options.steps, folder, left)
+                processes = [start(case, options.steps, folder, gpu) for gpu, case in enumerate(together)]
+                found = [
+                    finish(process, case, options.steps, folder, options.limit - (time.monotonic() - begun))
+                    for case, process in zip(together, processes, strict=True)
+                ]
             told = ("model", "seq_len", "gpus", "compile", "tokens")
-            rows.append({**{key: case[key] for key in told}, "steps": options.steps, **found})
-            print(json.dumps(rows[-1]), flush=True)
+            for case, result in zip(together, found, strict=True):
+                rows.append({**{key: case[key] for key in told}, "steps": options.steps, **result})
+                print(json.dumps(rows[-1]), flush=True)
             merge(rows, options.out)
+
+
+def compile_all(cases: list[dict[str, Any]], folder: Path, gpus: int, limit: float) -> None:
+    """Run two steps of every case at once; those that get through leave a mark."""
+    begun = time.monotonic()
+    processes = [start(case, 2, folder, i % gpus) for i, case in enumerate(cases)]
+    for case, process in zip(cases, processes, strict=True):
+        found = finish(process, case, 2, folder, limit - (time.monotonic() - begun))
+        if "failed" in found:
+            print(f"{case['model']} {case['seq_len']}: not compiled: {found['failed']}", flush=True)
+        else:
+            (folder / f"{case['model']}-{case['seq_len']}.compiled").touch()
 
 
 if __name__ == "__main__":

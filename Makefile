@@ -1,4 +1,4 @@
-# make setup | chat | test | check | bench: each makes what it needs first and may be stopped and run again at any time.
+# make setup | chat | test | check | bench | train-demo: each makes what it needs first and may be stopped and run again at any time.
 # Settings: PYTHON (3.11 or newer), TORCH (what pip is asked for), MODEL and PROMPT (chat), ARGS (test, bench), JOBS (test processes),
 # OPENBLAS (a library) and BLAS_THREADS (its threads in chat and bench).
 
@@ -17,7 +17,7 @@ unexport PROMPT
 # MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one.
 PRELOAD = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)")
 
-.PHONY: help setup chat test clang check bench clean
+.PHONY: help setup chat test clang check bench train-demo clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test                run the tests'
 	@echo 'make check               lint, format, types, import rules'
 	@echo 'make bench               measure this machine'
+	@echo 'make train-demo          text to a tiny trained model, minutes on a CPU, into build/train-demo'
 	@echo 'make clean               remove $(VENV) and caches'
 
 setup: $(READY)
@@ -47,6 +48,9 @@ check: $(READY)
 
 bench: $(READY)
 	@for bench in $(BENCHES); do OPENBLAS_NUM_THREADS=$(BLAS_THREADS) $(PRELOAD) $(BIN)/python apps/bench/$$bench.py $(ARGS) || exit; done
+
+train-demo: $(READY)
+	$(PRELOAD) sh scripts/train_demo.sh $(BIN) build/train-demo
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,291 @@
+"""Passkey retrieval: five digits hidden in a long text of books, asked for at its end, with and without storage.
+
+    python apps/eval/passkey.py BOOKS.jsonl.xz --device cuda --dtype bfloat16      # the whole table
+    python apps/eval/passkey.py BOOKS.jsonl.xz --engine mlx --cases 8192:3
+
+BOOKS is JSON lines with a "text" each, plain or .xz. Every text is cut to the same number of tokens, the key is never
+in the last window, and keys are spread evenly over the rest. An answer counts if it begins with the five digits.
+Results are written after every case and taken up again: a case that is there is not run again (--again: it is).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import bmojo_edge as be
+from bmojo_edge.recall import TOP_K, WithStorage, shape_for
+from bmojo_edge.session_file import identity
+from bmojo_edge.storage import Store
+from bmojo_edge.tensors import as_numpy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import report
+
+NEEDLE = " The pass key is {key}. Remember it. The pass key is {key}. "
+QUESTION = "\n\nWhat is the pass key? Remember it. The pass key is"
+CASES = ("8192:50", "32768:20", "131072:5")
+RESULTS = Path(__file__).parent / "results"
+ANSWER_TOKENS = 7
+
+
+class Trials(NamedTuple):
+    """Texts of one length with a key in each."""
+
+    tokens: np.ndarray  # (b, t)
+    keys: list[str]
+    places: list[int]  # where the needle begins
+    needle: int  # its tokens
+
+
+def text_tokens(path: Path, tokenizer: Any, wanted: int) -> np.ndarray:
+    """The first tokens of the books, one after the other, at least `wanted` of them where there are so many."""
+    found: list[int] = []
+    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
+        for line in lines:
+            found += tokenizer.encode(json.loads(line)["text"])
+            if len(found) >= wanted:
+                break
+    return np.array(found, np.int32)
+
+
+def make_trials(text: np.ndarray, tokenizer: Any, length: int, count: int, window: int) -> Trials:
+    """`count` texts of `length` tokens, each from another place of the books, keys at even depths."""
+    rng = np.random.default_rng(length)
+    question, rows, keys, places = tokenizer.encode(QUESTION), [], [], []
+    for i in range(count):
+        key = str(rng.integers(10_000, 100_000))
+        needle = tokenizer.encode(NEEDLE.format(key=key))
+        hay = length - len(needle) - len(question)
+        begin = int(i * max(len(text) - hay, 0) / max(count, 1))
+        piece = np.resize(text[begin : begin + hay], hay).tolist()
+        at = int((i + 0.5) / count * (length - window - 256))
+        rows.append([*piece[:at], *needle, *piece[at:], *question])
+        keys.append(key)
+        places.append(at)
+    return Trials(np.array(rows, np.int32), keys, places, len(needle))
+
+
+def load(engine: str, folder: Path, dtype: str | None, device: str) -> Any:
+    """A model of either twin."""
+    if engine == "mlx":
+        return be.load(folder, dtype=dtype)
+    from bmojo_edge.torch import load as load_torch
+
+    return load_torch(folder, dtype=dtype, device=device)
+
+
+def device_name(device: str) -> str:
+    """What a result was measured on."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def wait(device: str) -> None:
+    """Return once a GPU has done what it was given."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def answer(lm: Any, state: Any, logits: Any, device: str) -> tuple[list[str], Any, float]:
+    """Greedy answers of every row, the state, and tokens per second of a row."""
+    ids = [as_numpy(logits).astype(np.float32).argmax(-1)]
+    start = time.perf_counter()
+    for _ in range(ANSWER_TOKENS - 1):
+        logits, state = lm.decode_one_token(ids[-1].astype(np.int64), state)
+        ids.append(as_numpy(logits).astype(np.float32).argmax(-1))
+    wait(device)
+    speed = (ANSWER_TOKENS - 1) / (time.perf_counter() - start)
+    return [lm.tokenizer.decode(row.tolist()) for row in np.stack(ids, axis=1)], state, speed
+
+
+def recalled_needle(state: Any, layer: int, trials: Trials) -> list[bool]:
+    """Whether the blocks that hold the first key are among those recalled."""
+    positions = as_numpy(state.layers[layer].recalled.positions)
+    return [
+        bool(np.isin(np.arange(at + 2, at + trials.needle // 2), row).mean() > 0.9)
+        for at, row in zip(trials.places, positions, strict=True)
+    ]
+
+
+def run_case(lm: Any, trials: Trials, storage: bool, args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """One length, with or without storage, `rows` texts at a time."""
+    answers: list[str] = []
+    found: list[bool] = []
+    seconds, speeds, stored = 0.0, [], 0
+    for begin in range(0, len(trials.keys), rows):
+        part = Trials(
+            trials.tokens[begin : begin + rows],
+            trials.keys[begin : begin + rows],
+            trials.places[begin : begin + rows],
+            trials.needle,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            for lm_used, store in opened(lm, storage, Path(folder) / "store", args):
+                wait(args.device)
+                start = time.perf_counter()
+                state = lm_used.init_state(len(part.keys))
+                if store is None:
+                    logits, state = lm_used.prefill(part.tokens, state)
+                else:
+                    logits, state = lm_used.prefill_prompt(part.tokens, state)
+                    found += recalled_needle(state, store.shape.layers[-1], part)
+                wait(args.device)
+                as_numpy(logits)
+                seconds += time.perf_counter() - start
+                texts, state, speed = answer(lm_used, state, logits, args.device)
+                answers += texts
+                speeds.append(speed)
+                stored += 0 if store is None else store.nbytes
+    exact = [text.strip().startswith(key) for text, key in zip(answers, trials.keys, strict=True)]
+    return {
+        "tokens": trials.tokens.shape[1],
+        "storage": storage,
+        "top_k": args.top_k if storage else 0,
+        "layers": args.layers if storage else None,
+        "trials": len(exact),
+        "exact": sum(exact),
+        "accuracy": sum(exact) / len(exact),
+        "recalled": sum(found) / len(found) if storage else None,
+        "engine": args.engine,
+        "device": device_name(args.device),
+        "dtype": lm.config.dtype,
+        "rows_at_once": min(rows, len(exact)),
+        "prefill_tok_s": trials.tokens.size / seconds,
+        "decode_tok_s": float(np.median(speeds)),
+        "store_bytes": stored,
+        "details": [
+            {"depth": at / trials.tokens.shape[1], "key": key, "answer": text, "exact": ok}
+            for at, key, text, ok in zip(trials.places, trials.keys, answers, exact, strict=True)
+        ],
+    }
+
+
+def opened(lm: Any, storage: bool, folder: Path, args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """The model, with a fresh store where there is to be one."""
+    if not storage:
+        yield lm, None
+        return
+    options = {"ram_bytes": 2**32, "writers": args.writers}
+    shape = shape_for(lm.config)
+    if args.layers is not None:
+        shape = shape._replace(layers=tuple(range(args.layers, len(lm.config.layer_types))))
+    with Store.create(folder, shape, identity(lm), disk_bytes=2**35, **options) as store:
+        yield WithStorage(lm, store, top_k=args.top_k), store
+
+
+def decoding_cost(lm: Any, text: np.ndarray, length: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens per second of one row after `length` tokens, without and with storage, choices counted in."""
+    found = []
+    for storage in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            for lm_used, _ in opened(lm, storage, Path(folder) / "store", args):
+                logits, state = lm_used.prefill(np.resize(text, length)[None], lm_used.init_state())
+                token = as_numpy(logits).astype(np.float32).argmax(-1).astype(np.int64)
+                for _ in range(8):
+                    logits, state = lm_used.decode_one_token(token, state)
+                wait(args.device)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    logits, state = lm_used.decode_one_token(token, state)
+                wait(args.device)
+                as_numpy(logits)
+                speed = steps / (time.perf_counter() - start)
+                found.append(
+                    {"decoding_after": length, "storage": storage, "steps": steps, "decode_tok_s": speed,
+                     "engine": args.engine, "device": device_name(args.device), "dtype": lm.config.dtype}
+                )  # fmt: skip
+                print(found[-1], flush=True)
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by length, with and without storage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for storage, label in ((True, "window, sinks and storage"), (False, "window and sinks")):
+        mine = sorted((r["tokens"], r["accuracy"], r["trials"]) for r in rows if r.get("storage") is storage and
+                      "tokens" in r and r["engine"] == "torch")  # fmt: skip
+        if mine:
+            lengths, accuracy, _ = zip(*mine, strict=True)
+            axes.plot(lengths, accuracy, marker="o", label=label)
+            for x, y, n in mine if storage else []:
+                axes.annotate(f"{round(y * n)}/{n}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center")
+    axes.set(xscale="log", xlabel="tokens", ylabel="keys found", ylim=(-0.05, 1.08), title="Passkey retrieval")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:.0f}K")
+    axes.set_xticks(sorted({r["tokens"] for r in rows if "tokens" in r}))
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", type=Path)
+    parser.add_argument("--model", type=Path, help="a windowed Transformer; default: the default model")
+    parser.add_argument("--engine", choices=("torch", "mlx"), default="torch")
+    parser.add_argument("--device", default="cpu", help="for torch: cpu or cuda")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: as stored")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="TOKENS:TRIALS")
+    parser.add_argument("--rows", type=int, default=400_000, help="tokens of all texts that run at once, at most")
+    parser.add_argument("--writers", type=int, default=1, help="threads that write the store")
+    parser.add_argument("--top-k", type=int, default=TOP_K, help="blocks that are recalled")
+    parser.add_argument("--layers", type=int, metavar="FIRST", help="store layers from here on; default: all")
+    parser.add_argument("--decoding", type=int, metavar="STEPS", help="also measure so many steps at the longest text")
+    parser.add_argument("--only", choices=("with", "without"), help="storage")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "passkey.json")
+    args = parser.parse_args()
+    if args.model is None:
+        from bmojo_convert.default import ensure_default_model
+
+        args.model = ensure_default_model()
+    lm = load(args.engine, args.model, args.dtype, args.device)
+    cases = [tuple(map(int, case.split(":"))) for case in args.cases]
+    rows = [] if not args.out.exists() or args.again else json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    text = text_tokens(args.books, lm.tokenizer, 4 * max(length for length, _ in cases))
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
+        report.write(args.out, rows, ("torch", "mlx", "numpy"), model=args.model.name, source=args.books.name)
+
+    for storage in (True, False):
+        if args.only and (args.only == "with") is not storage:
+            continue
+        for length, count in cases:
+            done = [(r.get("tokens"), r.get("storage"), r["engine"], r["dtype"]) for r in rows]
+            if (length, storage, args.engine, lm.config.dtype) in done:
+                continue
+            trials = make_trials(text, lm.tokenizer, length, count, lm.config.window)
+            row = run_case(lm, trials, storage, args, max(1, args.rows // length))
+            keep([row])
+            shown = {key: row[key] for key in row if key != "details"}
+            print(json.dumps(shown), flush=True)
+    if args.decoding:
+        keep(decoding_cost(lm, text, max(length for length, _ in cases), args.decoding, args))
+    if not args.no_plot:
+        draw(rows, args.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Which blocks the queries of a chunk look for: exactly over recent blocks, by a mapped index over sealed ones.
+
+Blocks are numbered; every SEGMENT of them in a row is sealed into one usearch index a key/value head, a file that is
+mapped and not loaded. NumPy; knows summaries and queries, not where they come from (docs/storage.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCAN = 1024  # blocks whose summaries are in memory at one time
+NEIGHBOURS = 16  # summary vectors an index is asked for, by query
+
+
+def block_scores(queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+    """The best score of each block for each query: (h, q, n), from queries (h, q, p) and summaries (n, m, g, p)."""
+    (h, q, p), (n, m, g, _) = queries.shape, summaries.shape
+    keys = summaries.astype(np.float32).transpose(2, 3, 1, 0).reshape(g, p, m * n)
+    return (queries.reshape(g, h // g * q, p) @ keys).reshape(h, q, m, n).max(2)
+
+
+def relevance(scores: np.ndarray) -> np.ndarray:
+    """(n,): what attention each query of each head would give to blocks with these best scores (h, q, n), summed.
+
+    A block that is not to be seen has the score -inf.
+    """
+    best = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(best), best, 0))
+    return (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)).sum((0, 1))
+
+
+class Segments:
+    """The sealed segments of a store, each the index files of `segment` blocks that were numbered in a row.
+
+    per_block: summary vectors of a block; heads: key/value heads; summaries_of(ids): (n, per_block, heads, p).
+    """
+
+    def __init__(
+        self, folder: Path, segment: int, per_block: int, heads: int, summaries_of: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        self.folder, self.segment, self._summaries_of = folder, segment, summaries_of
+        self._per_block, self._heads = per_block, heads
+        self._open: dict[int, list[Any]] = {}
+        self._building: dict[int, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
+
+    def sealed(self, next_id: int) -> int:
+        """How many segments have an index in use once `next_id` is the number of the next block.
+
+        A function of the number alone: after a segment an eighth of it passes before its index is used, and it is
+        built in the meantime.
+        """
+        return max(0, (next_id - 1 - self.segment // 8) // self.segment)
+
+    def ordinal(self, ids: np.ndarray) -> np.ndarray:
+        """Segments of blocks, which are numbered from 1."""
+        return (ids - 1) // self.segment
+
+    def prepare(self, ordinal: int, ids: np.ndarray) -> None:
+        """Start building a segment's index where there is none; ids: all blocks there are."""
+        if ordinal < 0 or ordinal in self._building or ordinal in self._open or self._path(ordinal, 0).exists():
+            return
+        mine = ids[self.ordinal(ids) == ordinal]
+        self._building[ordinal] = self._pool.submit(self._build, ordinal, mine, self._summaries_of(mine))
+
+    def candidates(self, ordinal: int, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Numbers of the blocks of a segment that any of the queries (h, q, p) may be looking for, ascending."""
+        self.prepare(ordinal, ids)
+        if ordinal in self._building:
+            self._building.pop(ordinal).result()
+        if ordinal not in self._open:
+            usearch = _usearch()
+            paths = [self._path(ordinal, head) for head in range(self._heads)]
+            self._open[ordinal] = [usearch.Index.restore(str(path), view=True) for path in paths]
+        found = []
+        for index, wanted in zip(self._open[ordinal], queries.reshape(self._heads, -1, queries.shape[-1]), strict=True):
+            if len(index):
+                radius = np.linalg.norm(np.asarray(index.get(index.keys[0]), np.float32))  # that of all vectors
+                wanted = wanted * (radius / np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-6))
+                wanted = np.pad(wanted, ((0, 0), (0, 1))).astype(np.float16)
+                found.append(np.asarray(index.search(wanted, NEIGHBOURS, threads=0).keys).reshape(-1))
+        places = np.unique(np.concatenate(found).astype(np.int64) // self._per_block) if found else np.zeros(0, int)
+        return places + ordinal * self.segment + 1
+
+    def drop(self) -> None:
+        """Forget all indexes and remove their files."""
+        self._pool.shutdown(wait=True)
+        self._open.clear()
+        self._building.clear()
+        for path in self.folder.glob("index-*.usearch"):
+            path.unlink()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
+
+    def close(self) -> None:
+        """Wait for what is being built."""
+        self._pool.shutdown(wait=True)
+        self._open.clear()
+
+    def _path(self, ordinal: int, head: int) -> Path:
+        return self.folder / f"index-{ordinal}-{head}.usearch"
+
+    def _build(self, ordinal: int, ids: np.ndarray, summaries: np.ndarray) -> None:
+        """Inner products as distances: keys about their mean, and one more dimension that makes all norms equal."""
+        (n, m, g, p), usearch = summaries.shape, _usearch()
+        keys = ((ids - 1) % self.segment * m)[:, None] + np.arange(m)
+        for head in reversed(range(g)):  # with the first file, all are there
+            vectors = summaries[:, :, head].reshape(n * m, p).astype(np.float32)
+            if n:
+                vectors -= vectors.mean(0)
+            norms = (vectors**2).sum(1)
+            vectors = np.concatenate([vectors, np.sqrt(norms.max(initial=0) - norms)[:, None]], axis=1)
+            index = usearch.Index(
+                ndim=p + 1, metric="l2sq", dtype="f16", connectivity=12, expansion_add=64, expansion_search=128
+            )
+            if n:
+                index.add(keys.reshape(-1).astype(np.uint64), vectors.astype(np.float16), threads=1)
+            path = self._path(ordinal, head)
+            index.save(str(path.with_suffix(".partial")))
+            path.with_suffix(".partial").replace(path)
+
+
+def _usearch() -> Any:
+    import usearch.index
+
+    return usearch.index

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bmojo_edge.config import Config
     from bmojo_edge.generate import Token, generate, stream
     from bmojo_edge.mlx import load
-    from bmojo_edge.session import Session
+    from bmojo_edge.session import Session, SessionError
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "Session",
+    "SessionError",
     "Token",
     "checkpoint",
     "config",
@@ -38,6 +39,7 @@ _HOME = {
     "CheckpointError": "bmojo_edge.checkpoint",
     "Config": "bmojo_edge.config",
     "Session": "bmojo_edge.session",
+    "SessionError": "bmojo_edge.session",
     "Token": "bmojo_edge.generate",
     "generate": "bmojo_edge.generate",
     "load": "bmojo_edge.mlx",

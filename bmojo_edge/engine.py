@@ -73,8 +73,8 @@ def weights_fingerprint(lm: LM) -> str:
 
     Both twins give the same for one folder, unless it is quantised: they hold those weights differently.
     """
-    named = getattr(lm, "named_parameters", None)  # PyTorch's
-    parameters = dict(named()) if named else dict(_named_arrays(lm.parameters())) if hasattr(lm, "parameters") else {}
+    named, nested = getattr(lm, "named_parameters", None), getattr(lm, "parameters", None)  # PyTorch's, MLX's
+    parameters = dict(named()) if named else dict(_named_arrays(nested())) if nested else {}
     if not parameters:
         return ""
     found = hashlib.blake2b(digest_size=16)

@@ -27,7 +27,7 @@ class Moment(NamedTuple):
     recent: tuple[int, ...]  # the last `window` ids of the state, then the pending ones
     rolling_hash: int  # of all ids, pending ones too: equal for equal pasts
     kept: Mapping[int, int]  # id by position of every sink and eidetic token of any layer
-    draws: Mapping[str, Any]  # the random numbers' state, from which unseeded sampling goes on
+    draws: Any  # the random numbers' state (NumPy's, of PCG64), from which unseeded sampling goes on
 
     @property
     def position(self) -> int:
@@ -59,7 +59,7 @@ def first_moment(state: Any, seed: int | None) -> Moment:
     return Moment(state, (), (), 0, {}, np.random.PCG64(seed).state)
 
 
-def branched(draws: Mapping[str, Any], branch: int) -> Mapping[str, Any]:
+def branched(draws: Any, branch: int) -> Any:
     """Random numbers of a fork: repeatable, and apart from those they come from and from other branches."""
     words = np.frombuffer(int(draws["state"]["state"]).to_bytes(16, "little"), np.uint32)
     return np.random.PCG64(np.random.SeedSequence([*words.tolist(), branch])).state

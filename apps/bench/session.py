@@ -138,7 +138,7 @@ def main() -> None:
             print({key: row[key] for key in ("past", "file_bytes", "open_ms", "first_token_ms", "rss_bytes")})
     ratio = rows[-1]["first_token_ms"] / rows[0]["first_token_ms"]
     print(f"first token after {rows[-1]['past']:,} over {rows[0]['past']:,}: {ratio:.3f}")
-    report.write(args.out, rows, PACKAGES, long_over_short=ratio)
+    report.write(args.out, rows, PACKAGES, rounds=args.rounds, long_over_short=ratio)
 
 
 if __name__ == "__main__":

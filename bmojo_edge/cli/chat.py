@@ -32,6 +32,9 @@ def chat(
         Path | None,
         typer.Option(metavar="FILE", help="Go on with the conversation in this file, and save it after each answer."),
     ] = None,
+    transcript: Annotated[
+        bool, typer.Option("--transcript", help="Also append what is said to FILE.jsonl, which grows.")
+    ] = False,
     max_tokens: options.MaxTokens = 512,
     temperature: options.ChatTemperature = None,
     top_p: options.TopP = 0.9,
@@ -57,11 +60,13 @@ def chat(
     """
     if temperature is None:
         temperature = 0.6 if prompt is None else 0.0
+    if transcript and session is None:
+        raise typer.BadParameter("--transcript stands beside the file of --session")
     options.check(temperature, top_p, top_k, min_p, repetition_penalty, [])
     text = read_stdin() if prompt == "-" else prompt
     saved = session is not None and session.exists()
     lm = open_model(_model_of(session) if saved and model is None else model)
-    from bmojo_edge.cli.conversation import Conversation, answer, resumed, status
+    from bmojo_edge.cli.conversation import Conversation, answer, append_transcript, resumed, status
     from bmojo_edge.session import Session
 
     sampling: Options = {
@@ -87,11 +92,13 @@ def chat(
     elif session is not None:
         here.save(session)  # where it cannot be written, that shows before the first question
     if text is None:
-        Conversation(begin, sampling, here, session).run()
+        Conversation(begin, sampling, here, session, transcript).run()
         return
     answer(here.say(text, **sampling))
     if session is not None:
         here.save(session)
+        if transcript:
+            append_transcript(session, here)
     status(here)
 
 

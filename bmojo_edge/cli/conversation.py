@@ -5,6 +5,8 @@ What is said is saved after each answer where there is a file to save it in; a k
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,10 +58,15 @@ def status(session: Session, speed: float | None = None, stopped: str = "") -> N
 
 
 class Conversation:
-    """A session, the file it is saved in, and those it was forked from. `begin` makes a fresh session."""
+    """A session, the file it is saved in, and those it was forked from.
 
-    def __init__(self, begin: Callable[[], Session], sampling: Options, session: Session, path: Path | None) -> None:
-        self._begin, self._sampling = begin, sampling
+    `begin` makes a fresh session; with `transcript`, what is said is also appended to a text file beside the file.
+    """
+
+    def __init__(
+        self, begin: Callable[[], Session], sampling: Options, session: Session, path: Path | None, transcript: bool
+    ) -> None:
+        self._begin, self._sampling, self._transcript = begin, sampling, transcript
         self._session, self._path = session, path
         self._put_aside: list[tuple[Session, Path | None]] = []
         self._interrupted = False  # whether the last thing that happened was Ctrl-C
@@ -115,6 +122,8 @@ class Conversation:
             say_error(str(error))
             return
         self._save()
+        if self._transcript and self._path is not None:
+            append_transcript(self._path, self._session)
         status(self._session, speed, stopped)
 
     def _save(self) -> None:
@@ -199,6 +208,19 @@ class Conversation:
         self._session = self._begin()
         self._save()
         status(self._session)
+
+
+def append_transcript(path: Path, session: Session) -> None:
+    """Append the last exchange to FILE.jsonl, a line of JSON; a line that a kill cut off stays a line of its own."""
+    turn = session.turns[-1]
+    line = {"position": session.position, "user": turn.user, "answer": turn.answer}
+    try:
+        with Path(f"{path}.jsonl").open("a+b") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        say_error(f"no transcript: {error}")
 
 
 def resumed(session: Session) -> None:

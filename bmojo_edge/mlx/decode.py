@@ -114,8 +114,8 @@ class Decoder:
         """The step of rows with at most `live` written slots."""
         model = self.model
         if watch is not None:  # now and then, for a person to look at: compiling would cost more than it saves
-            step = Step(model.config, position, offset, rows, live, opening, watch=watch)
-            return run_step(model, token, layers, step)
+            watched = Step(model.config, position, offset, rows, live, opening, watch=watch)
+            return run_step(model, token, layers, watched)
 
         def step(token: mx.array, layers: Any, position: mx.array, offset: mx.array, rows: Any) -> Any:
             self.traces += 1

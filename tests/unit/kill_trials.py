@@ -35,7 +35,7 @@ class Heavy(FakeLM):
 
     def init_state(self, batch: int = 1, offset: int = 0) -> State:
         state = super().init_state(batch, offset)
-        return state._replace(layers=(*state.layers, np.zeros((1, 2**18), np.float32)))
+        return state._replace(layers=(*state.layers, np.zeros((1, 2**15), np.float32)))
 
     def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[np.ndarray, State]:
         logits, new = super().prefill(tokens, state)

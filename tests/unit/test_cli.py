@@ -446,6 +446,21 @@ def test_a_session_file_goes_on_where_it_was(lm: FakeLM, tmp_path: Path) -> None
     assert once.stdout == Session.open(file, lm).turns[-1].answer + "\n"
 
 
+def test_a_transcript_is_appended_beside_the_session(lm: FakeLM, tmp_path: Path) -> None:
+    file, beside = tmp_path / "a.bmojo", tmp_path / "a.bmojo.jsonl"
+    chat = ["chat", "--session", str(file), "--transcript", "--max-tokens", "3"]
+    run(*chat, stdin="one\n/rewind\n中\n")
+    with beside.open("a") as torn:
+        torn.write('{"position": 1')  # a process was killed here
+    run(*chat, "--prompt", "three")
+    lines = beside.read_text().splitlines()
+    said = [json.loads(line) for line in (*lines[:2], lines[3])]
+    assert [line["user"] for line in said] == ["one", "中", "three"]
+    assert said[-1]["answer"] == Session.open(file, lm).turns[-1].answer
+    assert said[-1]["position"] == Session.open(file, lm).position
+    assert run("chat", "--transcript").exit_code == 2
+
+
 def test_a_session_file_is_refused_by_name(lm: FakeLM, tmp_path: Path) -> None:
     file = tmp_path / "a.bmojo"
     run("chat", "--session", str(file), "--system", "Be brief.", "--max-tokens", "1", stdin="hello\n")

@@ -4,15 +4,16 @@
     python apps/bench/train.py --gpus 2             # only those of two GPUs
     python apps/bench/train.py --models bmojo --lengths 2048 --limit 120
 
-Each case is a process (or two) of its own running steps of the trainer on random tokens. Cases are compiled first, side
-by side, for that takes the CPU; then they are timed, every GPU having one case at a time. Mamba runs on one GPU alone. A
-case that fails is a row with `failed` and does not stop the others; results are written after every case, those of
-other cases stay as they are.
+Each case is a process (or two) of its own running steps of the trainer on random tokens. All cases of as many GPUs start
+and compile side by side, then they take turns: one has the GPUs and is timed, the others wait. Mamba runs on one GPU
+alone. A case that fails is a row with `failed` and does not stop the others; results are written after every case, those
+of other cases stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ import report
 
 RESULTS = Path(__file__).parent / "results" / "train.json"
 PACKAGES = ("torch", "triton", "numpy")
-VOCAB, LENGTHS = 32_000, (2048, 8192)
+VOCAB, LENGTHS, WARM = 32_000, (2048, 8192), 3
 
 # Equal in parameters within 2%: 131.2, 131.9 and 130.2 million. The Transformer and B'MOJO have 12 layers; Mamba has
 # blocks alone, as published.
@@ -73,7 +76,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         settings = TrainConfig.from_dict(
             {
                 "out": str(Path(folder) / "run"),
-                "steps": case["steps"],
+                "steps": WARM + case["steps"],
                 "model": case["model_fields"],
                 "data": {
                     "train": str(Path(folder) / "data"),
@@ -86,11 +89,14 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         )
         trainer = Trainer(settings, world, None)
         seconds, loss = [], float("nan")
-        for step in range(case["steps"]):
-            begun, rows = time.perf_counter(), trainer.batches(step)
-            loss, _, _ = trainer.step(step, rows)
-            seconds.append(time.perf_counter() - begun)
-        timed = seconds[len(seconds) // 5 :]
+        with ExitStack() as turn:
+            for step in range(WARM + case["steps"]):
+                if step == WARM and world.leads:
+                    turn.enter_context(wait_for_turn(case))
+                begun, rows = time.perf_counter(), trainer.batches(step)
+                loss, _, _ = trainer.step(step, rows)
+                seconds.append(time.perf_counter() - begun)
+        timed = seconds[WARM + 3 :]  # clocks rise in the first ones
         speed = tokens / statistics.median(timed)
         cuda = world.device.type == "cuda"
         row = {
@@ -109,42 +115,45 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         return row
 
 
-def start(case: dict[str, Any], steps: int, folder: Path, gpu: int = 0) -> subprocess.Popen[str]:
-    """A process for a case, on one GPU or on as many as it takes; its result is a file in `folder`."""
-    name = f"{case['model']}-{case['seq_len']}-{case['gpus']}-{steps}"
-    order = json.dumps({**case, "steps": steps, "result": str(folder / f"{name}.json")})
+@contextmanager
+def wait_for_turn(case: dict[str, Any]) -> Iterator[None]:
+    """Say that this case is warm, wait until all are, then have the GPUs alone."""
+    folder = Path(case["folder"])
+    (folder / f"{case['name']}.warm").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.02)
+    with (folder / "go").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def start(case: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """A process for a case; its result is a file in `folder`."""
+    order = json.dumps({**case, "folder": str(folder)})
     command = [sys.executable]
     if case["gpus"] > 1:
         endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(case["gpus"]), *endpoint]
-    log = (folder / f"{name}.log").open("w")
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "OMP_NUM_THREADS": "1"}
-    if case["gpus"] == 1 and case["device"] == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    log = (folder / f"{case['name']}.log").open("w")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, __file__, "--work", order], stdout=log, stderr=subprocess.STDOUT, env=environment, text=True
     )
 
 
-def finish(process: subprocess.Popen[str], case: dict[str, Any], steps: int, folder: Path, limit: float) -> Any:
-    """A case's result, or the end of what it said in failing."""
-    name = f"{case['model']}-{case['seq_len']}-{case['gpus']}-{steps}"
-    try:
-        process.wait(max(1.0, limit))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
-        return {"failed": "out of time"}
-    result = folder / f"{name}.json"
-    if process.returncode == 0 and result.is_file():
-        return json.loads(result.read_text())
-    said = (folder / f"{name}.log").read_text().strip().splitlines()
+def failure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The end of what a case said in failing."""
+    said = (folder / f"{case['name']}.log").read_text().strip().splitlines()
     return {"failed": next((line for line in reversed(said) if "Error" in line), "\n".join(said[-3:]))[:300]}
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait()
 
 
 def merge(rows: list[dict[str, Any]], out: Path) -> None:
     """Write rows over those of the same cases."""
-    from contextlib import suppress
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["model"], row["seq_len"], row["gpus"]
@@ -164,7 +173,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=32_768, help="of a step, on one GPU")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
-    parser.add_argument("--side-by-side", type=int, default=1, help="cases of one GPU, each on its own, at a time")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--small", action="store_true", help="tiny models on the CPU: tries this script")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -174,69 +182,70 @@ def main() -> None:
         case = json.loads(options.work)
         row = work(case)
         if row.pop("leads"):
-            Path(case["result"]).write_text(json.dumps(row))
+            (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(row))
         return
     run_all(options)
 
 
 def run_all(options: argparse.Namespace) -> None:
     """All cases the options name, within their limit."""
-    begun, rows = time.monotonic(), []
+    deadline = time.monotonic() + options.limit
     small = {"d_model": 64, "n_heads": 2, "n_kv_heads": 1, "head_dim": 32}
-    cases = [
-        {
-            "model": model,
-            "seq_len": length,
-            "gpus": gpus,
-            "compile": not options.no_compile,
-            "tokens": options.tokens,
-            "rows": options.tokens // length,
-            "device": "cpu" if options.small else "cuda",
-            "model_fields": {**MODELS[model], **small, "layer_types": MODELS[model].get("layer_types", ["bmojo"])[:1]}
-            if options.small
-            else MODELS[model],
-        }
-        for gpus in options.gpus
-        for length in options.lengths
-        for model in options.models
-        if gpus == 1 or model != "mamba"
-    ]
+    for place, gpus in enumerate(options.gpus):
+        cases = [
+            {
+                "name": f"{model}-{length}",
+                "model": model,
+                "seq_len": length,
+                "gpus": gpus,
+                "compile": not options.no_compile,
+                "tokens": options.tokens,
+                "steps": options.steps,
+                "rows": options.tokens // length,
+                "device": "cpu" if options.small else "cuda",
+                "model_fields": {**MODELS[model], **small, "layer_types": ["mamba" if model == "mamba" else "bmojo"]}
+                if options.small
+                else MODELS[model],
+            }
+            for length in options.lengths
+            for model in options.models
+            if gpus == 1 or model != "mamba"
+        ]
+        left = (deadline - time.monotonic()) / (len(options.gpus) - place)
+        run_together(cases, time.monotonic() + left, options.out)
+
+
+def run_together(cases: list[dict[str, Any]], deadline: float, out: Path) -> None:
+    """Warm all cases up side by side, then let them take turns; rows are written as they come."""
+    begun, limit = time.monotonic(), deadline - time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if not options.no_compile:
-            first = [case for case in cases if case["gpus"] == min(options.gpus)]
-            compile_all(first, folder, options.side_by_side, options.limit / 2)
-            for case in cases:
-                case["compile"] = (folder / f"{case['model']}-{case['seq_len']}.compiled").exists()
-            print(f"compiled after {time.monotonic() - begun:.0f} s", flush=True)
-        while cases:
-            together = [case for case in cases if case["gpus"] == 1][: options.side_by_side] or cases[:1]
-            cases = [case for case in cases if case not in together]
-            left = options.limit - (time.monotonic() - begun)
-            found: list[Any] = [{"failed": "out of time"}] * len(together)
-            if left > 10:
-                processes = [start(case, options.steps, folder, gpu) for gpu, case in enumerate(together)]
-                found = [
-                    finish(process, case, options.steps, folder, options.limit - (time.monotonic() - begun))
-                    for case, process in zip(together, processes, strict=True)
-                ]
-            told = ("model", "seq_len", "gpus", "compile", "tokens")
-            for case, result in zip(together, found, strict=True):
-                rows.append({**{key: case[key] for key in told}, "steps": options.steps, **result})
-                print(json.dumps(rows[-1]), flush=True)
-            merge(rows, options.out)
+        running = {case["name"]: (case, start(case, folder)) for case in cases}
 
+        def done(case: dict[str, Any], found: dict[str, Any]) -> None:
+            told = ("model", "seq_len", "gpus", "compile", "tokens", "steps")
+            row = {**{key: case[key] for key in told}, **found}
+            print(json.dumps(row), flush=True)
+            merge([row], out)
 
-def compile_all(cases: list[dict[str, Any]], folder: Path, gpus: int, limit: float) -> None:
-    """Run two steps of every case at once; those that get through leave a mark."""
-    begun = time.monotonic()
-    processes = [start(case, 2, folder, i % gpus) for i, case in enumerate(cases)]
-    for case, process in zip(cases, processes, strict=True):
-        found = finish(process, case, 2, folder, limit - (time.monotonic() - begun))
-        if "failed" in found:
-            print(f"{case['model']} {case['seq_len']}: not compiled: {found['failed']}", flush=True)
-        else:
-            (folder / f"{case['model']}-{case['seq_len']}.compiled").touch()
+        while running:
+            time.sleep(0.05)
+            cold = [case for case, _ in running.values() if not (folder / f"{case['name']}.warm").exists()]
+            late = time.monotonic() - begun > 0.7 * limit and not (folder / "go").exists()
+            for case, process in list(running.values()):
+                result = folder / f"{case['name']}.json"
+                over = time.monotonic() > deadline or (late and case in cold)
+                if over and process.poll() is None:
+                    stop(process)
+                    done(case, {"failed": f"out of time after {time.monotonic() - begun:.0f} s"})
+                elif process.poll() is not None:
+                    done(case, json.loads(result.read_text()) if result.is_file() else failure(case, folder))
+                else:
+                    continue
+                del running[case["name"]]
+            if (late or not cold) and not (folder / "go").exists():
+                print(f"{len(running)} cases warm after {time.monotonic() - begun:.0f} s", flush=True)
+                (folder / "go").touch()
 
 
 if __name__ == "__main__":

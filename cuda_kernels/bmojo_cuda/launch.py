@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+MAX_GRID = 65535  # programs along a grid's second and third axis
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found once: torch.compile can't trace the search
 
-@functools.cache
+
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
+
+
+def warn_of_plain_op(op: str, reason: str) -> None:
+    """Say that plain PyTorch computes `op` of CUDA tensors, which is slow, and why."""
+    warnings.warn(f"{op}: {reason}; plain PyTorch takes over, slowly", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache

@@ -1,24 +1,27 @@
-"""Triton bodies of the selective scan (Mamba-1), forward and backward; scan.py launches them.
+"""Triton bodies of the selective scan (Mamba-1), forward and backward; scan_launch.py launches them.
 
-Time is cut into spans so that hundreds of warps are in flight: states at the ends of spans, states passed from span to
-span, outputs of each span from its first state; backward is the mirror image. Inside a program channels lie on lanes
-and the N states of a channel in registers: 1-D tensors, no shuffle, no shared memory. Tokens come in blocks of U, whose
-loads all stand before their stores. Everything is float32 but what is read and written; no atomics, so results repeat.
+Forward, a warp walks over time with the states of a channel spread over several lanes, so that channels alone fill the
+GPU and every exponential is taken once; where there are few channels, time is cut into spans: states at the ends of
+spans, states passed from span to span, outputs. Backward cuts time into segments, channels on lanes, all states of a
+channel in registers. No shared memory but for the sums over channels, no atomics: results repeat. Arithmetic is
+float32. Loads stand ahead of their use: tokens by a block, B and C by a token.
 
-Letters: b batch, l tokens, d channels, n states, s spans. A is in units of log2 (A * log2 e), (n, d). BC holds B and C
-of a token side by side, two float32 seen as one int64, (b, l, n). RESET is (b, l) pairs of float32 seen as int64: what
-is added to the exponent (0, or -1e30 where a document starts) and 1 for a real token, 0 for padding. Rows of both are
-padded to whole segments.
+Letters: b batch, l tokens, d channels, n states, s spans or segments. A is in units of log2 (A * log2 e). Whatever is
+kept per channel and state lies in planes (d / TILE, n, TILE), so that the states of a lane are a constant stride apart:
+A, states, their gradients. BC (b, l, n) holds B and C of a token side by side, two bfloat16 seen as one int32 or two
+float32 as one int64; BCT is the same (b, n, l). RESET is (b, l) pairs of float32 seen as int64: what is added to the
+exponent (0, or -1e30 where a document starts) and 1 for a real token, 0 for padding. Rows of B, C, BC, BCT and RESET
+are padded to whole segments.
 """
 
 # Triton's language, not Python's: tuples grow by concatenation.
-# ruff: noqa: RUF059, SIM102
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+TILE = tl.constexpr(64)
 
 
 @triton.jit
@@ -47,10 +50,21 @@ def _softplus(x):
 
 @triton.jit
 def _pair(both):
-    """Two float32 that were loaded as one int64."""
-    first = both.to(tl.int32).to(tl.float32, bitcast=True)
-    second = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return first, second
+    """Two float32 that were loaded as one int64, or two bfloat16 that were loaded as one int32."""
+    if both.dtype == tl.int32:
+        first = both << 16
+        second = both & -65536
+    else:
+        first = both.to(tl.int32)
+        second = (both >> 32).to(tl.int32)
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _in_plane(i, BD: tl.constexpr, N: tl.constexpr):
+    """Where state 0 of the channels of block i stands in a plane; state n is n * TILE further."""
+    each: tl.constexpr = TILE // BD
+    return (i // each) * (N * TILE) + (i % each) * BD + tl.arange(0, BD)
 
 
 @triton.jit
@@ -68,6 +82,20 @@ def _states(BC, N: tl.constexpr):
     pairs = ()
     for n in tl.static_range(N):
         pairs = pairs + (tl.load(BC + n),)
+    return pairs
+
+
+@triton.jit
+def _line(BCT, U: tl.constexpr):
+    """B and C of one state at U tokens, U pairs; those of bfloat16 come two tokens a load."""
+    pairs = ()
+    if BCT.dtype.element_ty == tl.int32:
+        for u in tl.static_range(U // 2):
+            two = tl.load((BCT + 2 * u).to(tl.pointer_type(tl.int64)))
+            pairs = pairs + (two.to(tl.int32), (two >> 32).to(tl.int32))
+    else:
+        for u in tl.static_range(U):
+            pairs = pairs + (tl.load(BCT + u),)
     return pairs
 
 
@@ -101,154 +129,191 @@ def _decay(dt, a, reset, RESETS: tl.constexpr):
 
 
 @triton.jit
-def span_states(
-    X, DT, BC, RESET, A, BIAS, ENDS, SUMS, L, D, span, x_b, x_t, dt_b, dt_t,
-    N: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, SEGMENT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, RESETS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """From a zero state: the state after every span but the last (b, s - 1, n, d), its sum of dt (b, s - 1, d)."""
-    i, s, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    spans = tl.num_programs(1)
-    d = i * BD + tl.arange(0, BD)
-    on = d < D
-    bias = tl.load(BIAS + d, mask=on, other=0.0) if HAS_BIAS else 0.0
-    h = ()
-    a = ()
-    for n in tl.static_range(N):
-        a = a + (tl.load(A + n * D + d, mask=on, other=0.0),)
-        h = h + (tl.zeros([BD], tl.float32),)
-    total = tl.zeros([BD], tl.float32)
-    start = s * span
-    x = X + b * x_b + start * x_t + d
-    t = DT + b * dt_b + start * dt_t + d
-    row = b * tl.cdiv(L, SEGMENT) * SEGMENT + start
-    xs = _block(x, x_t, start, L, on, U)
-    ts = _block(t, dt_t, start, L, on, U)
-    pairs = _states(BC + row * N, N)
-    for k in range(0, span, U):
-        x += U * x_t
-        t += U * dt_t
-        ahead_x = _block(x, x_t, start + k + U, L, on, U)
-        ahead_t = _block(t, dt_t, start + k + U, L, on, U)
-        dts, resets = _steps(ts, bias, start + k, L, RESET + row, U, SOFTPLUS, RESETS, EVEN)
-        for u in tl.static_range(U):
-            row += 1
-            ahead = _states(BC + row * N, N)
-            total += dts[u]
-            scaled = xs[u].to(tl.float32) * dts[u]
-            after = ()
-            for n in tl.static_range(N):
-                B, C = _pair(pairs[n])
-                after = after + (_decay(dts[u], a[n], resets[u], RESETS) * h[n] + scaled * B,)
-            h = after
-            pairs = ahead
-        xs = ahead_x
-        ts = ahead_t
-    for n in tl.static_range(N):
-        tl.store(ENDS + ((b * spans + s) * N + n) * D + d, h[n], mask=on)
-    tl.store(SUMS + (b * spans + s) * D + d, total, mask=on)
+def _quads(P, W: tl.constexpr):
+    """W adjacent values of every lane, as W tensors of the shape of the pointers P (g, channels)."""
+    values = ()
+    for k in tl.static_range(W // 4):
+        quad = tl.load(P[:, :, None] + (4 * k + tl.arange(0, 4))[None, None, :])
+        even, odd = tl.split(tl.reshape(quad, [P.shape[0], P.shape[1], 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        values = values + (first, second, third, fourth)
+    return values
 
 
 @triton.jit
-def pass_states(
-    A, SUMS, FORGET, FIRST, ENDS, STATES, spans, D, BD: tl.constexpr, HAS_FIRST: tl.constexpr, RESETS: tl.constexpr
-):
-    """States at the start of every span, STATES (b, s, n, d), from ENDS (b, s - 1, n, d) and FIRST (b, n, d)."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    N = tl.num_programs(1)
-    on = d < D
-    a = tl.load(A + n * D + d, mask=on, other=0.0)
-    h = tl.zeros([BD], tl.float32)
-    if HAS_FIRST:
-        h = tl.load(FIRST + (b * N + n) * D + d, mask=on, other=0.0)
-    for s in range(spans - 1):
-        tl.store(STATES + ((b * spans + s) * N + n) * D + d, h, mask=on)
-        exponent = a * tl.load(SUMS + (b * (spans - 1) + s) * D + d, mask=on, other=0.0)
-        if RESETS:
-            exponent += tl.load(FORGET + b * (spans - 1) + s)
-        h = tl.exp2(exponent) * h + tl.load(ENDS + ((b * (spans - 1) + s) * N + n) * D + d, mask=on, other=0.0)
-    tl.store(STATES + ((b * spans + spans - 1) * N + n) * D + d, h, mask=on)
+def _queue(P, W: tl.constexpr, AHEAD: tl.constexpr):
+    """W values of each of the next AHEAD tokens."""
+    values = ()
+    for u in tl.static_range(AHEAD):
+        values = values + _quads(P + u * (P.shape[0] * W), W)
+    return values
 
 
 @triton.jit
-def span_outputs(
-    X, DT, Z, BC, RESET, A, SKIP, BIAS, FIRST, Y, SAVED, LAST, L, D, span, x_b, x_t, dt_b, dt_t, z_b, z_t,
-    N: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, SEGMENT: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTPLUS: tl.constexpr,
-    RESETS: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Y (b, l, d) of a span from its first state FIRST (b, s, n, d); LAST (b, n, d) the state after the last token.
+def _tiles(X, stride, first, token, L, on, R: tl.constexpr):
+    """R tiles of tokens, one a lane, 0 beyond the end; X points at the first."""
+    G: tl.constexpr = token.shape[0]
+    tiles = ()
+    for r in tl.static_range(R):
+        tiles = tiles + (tl.load(X + r * G * stride, mask=on & (first + r * G + token < L), other=0.0),)
+    return tiles
 
-    With SAVE, SAVED (b, segments, n, d) takes the state before every SEGMENT tokens, for the backward pass.
+
+@triton.jit
+def _token(tile, u: tl.constexpr):
+    """Row u of a tile (g, channels) on all its rows."""
+    if tile.shape[0] == 1:
+        return tile
+    return tl.gather(tile, tl.full(tile.shape, u, tl.int32), 0)
+
+
+@triton.jit
+def scan_spans(
+    X, DT, Z, B, C, RESET, A, SKIP, BIAS, FIRST, Y, SAVED, STATES, SUMS, L, D, span, phase,
+    x_b, x_t, dt_b, dt_t, z_b, z_t,
+    N: tl.constexpr, G: tl.constexpr, W: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, SEGMENT: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, RESETS: tl.constexpr, OUTPUTS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One warp walks over a span: 32 / G channels, G lanes a channel, W of the G * W >= N states a lane.
+
+    With OUTPUTS: Y (b, l, d) from the state before every span, FIRST (b, s, plane), and STATES (b, plane), the state
+    after the last token; SAVED (b, segments, plane) takes the state before every SEGMENT tokens, phase tokens in: 0, or
+    -1 to save nothing. Without: from zero states, STATES (b, s, plane) after every span and SUMS (b, s, d) of its dt.
+    B and C are (b, l, G * W).
+
+    A tile is G tokens, one a lane: what is computed per token and channel is computed once, then handed to the lanes
+    of the channel. All tensors are (g, channels). B and C of the first AHEAD tokens of a round (R tiles), and all else,
+    are read a round ahead; the branch behind these loads keeps the assembler from moving them down to their use.
     """
+    BD: tl.constexpr = 32 // G
+    U: tl.constexpr = G * R
     i, s, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     spans = tl.num_programs(1)
     segments = tl.cdiv(L, SEGMENT)
-    d = i * BD + tl.arange(0, BD)
+    lane = tl.arange(0, G)[:, None] + tl.zeros([1, BD], tl.int32)
+    d = i * BD + tl.arange(0, BD)[None, :] + tl.zeros([G, 1], tl.int32)
     on = d < D
+    plane = tl.cdiv(D, TILE) * TILE * N
+    spot = (d // TILE) * (N * TILE) + d % TILE + lane * W * TILE
     bias = tl.load(BIAS + d, mask=on, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(SKIP + d, mask=on, other=0.0) if HAS_SKIP else 0.0
     h = ()
     a = ()
-    for n in tl.static_range(N):
-        a = a + (tl.load(A + n * D + d, mask=on, other=0.0),)
+    for j in tl.static_range(W):
+        held = on & (lane * W + j < N)
+        a = a + (tl.load(A + spot + j * TILE, mask=held, other=0.0),)
         if HAS_FIRST:
-            h = h + (tl.load(FIRST + ((b * spans + s) * N + n) * D + d, mask=on, other=0.0),)
+            h = h + (tl.load(FIRST + (b * spans + s) * plane + spot + j * TILE, mask=held, other=0.0),)
         else:
-            h = h + (tl.zeros([BD], tl.float32),)
+            h = h + (tl.zeros([G, BD], tl.float32),)
+    sums = tl.zeros([G, BD], tl.float32)
     start = s * span
-    x = X + b * x_b + start * x_t + d
-    t = DT + b * dt_b + start * dt_t + d
-    z = Z + b * z_b + start * z_t + d
     row = b * segments * SEGMENT + start
-    y = Y + (b * L + start) * D + d
-    xs = _block(x, x_t, start, L, on, U)
-    ts = _block(t, dt_t, start, L, on, U)
-    zs = _block(z, z_t, start, L, on & HAS_Z, U)
-    pairs = _states(BC + row * N, N)
+    x = X + b * x_b + start * x_t + d + lane * x_t
+    t = DT + b * dt_b + start * dt_t + d + lane * dt_t
+    z = Z + b * z_b + start * z_t + d + lane * z_t
+    y = Y + (b * L + start) * D + d + lane * D
+    Bp = B + row * (G * W) + lane * W
+    Cp = C + row * (G * W) + lane * W
+    xs = _tiles(x, x_t, start, lane, L, on, R)
+    ts = _tiles(t, dt_t, start, lane, L, on, R)
+    zs = _tiles(z, z_t, start, lane, L, on & HAS_Z & OUTPUTS, R)
+    Bs = _queue(Bp, W, AHEAD)
+    Cs = _queue(Cp, W, AHEAD) if OUTPUTS else Bs
     for k in range(0, tl.minimum(span, L - start), U):
-        if SAVE:
-            if (start + k) % SEGMENT == 0:
-                for n in tl.static_range(N):
-                    tl.store(SAVED + ((b * segments + (start + k) // SEGMENT) * N + n) * D + d, h[n], mask=on)
         x += U * x_t
         t += U * dt_t
         z += U * z_t
-        ahead_x = _block(x, x_t, start + k + U, L, on, U)
-        ahead_t = _block(t, dt_t, start + k + U, L, on, U)
-        ahead_z = _block(z, z_t, start + k + U, L, on & HAS_Z, U)
-        dts, resets = _steps(ts, bias, start + k, L, RESET + row, U, SOFTPLUS, RESETS, EVEN)
-        for u in tl.static_range(U):
-            row += 1
-            ahead = _states(BC + row * N, N)
-            value = xs[u].to(tl.float32)
-            scaled = value * dts[u]
-            even = skip * value
-            odd = tl.zeros([BD], tl.float32)
-            after = ()
-            for n in tl.static_range(N):
-                B, C = _pair(pairs[n])
-                state = _decay(dts[u], a[n], resets[u], RESETS) * h[n] + scaled * B
-                if n % 2 == 0:
-                    even += state * C
-                else:
-                    odd += state * C
-                after = after + (state,)
-            h = after
-            pairs = ahead
-            out = even + odd
-            if HAS_Z:
-                gate = zs[u].to(tl.float32)
-                out = out * gate * _sigmoid(gate)
-            tl.store(y + u * D, out.to(Y.dtype.element_ty), mask=on & (start + k + u < L))
+        Bp += U * (G * W)
+        Cp += U * (G * W)
+        ahead_x = _tiles(x, x_t, start + k + U, lane, L, on, R)
+        ahead_t = _tiles(t, dt_t, start + k + U, lane, L, on, R)
+        ahead_z = _tiles(z, z_t, start + k + U, lane, L, on & HAS_Z & OUTPUTS, R)
+        ahead_B = _queue(Bp, W, AHEAD)
+        ahead_C = _queue(Cp, W, AHEAD) if OUTPUTS else ahead_B
+        if (start + k) % SEGMENT == phase:
+            saved = SAVED + (b * segments + (start + k) // SEGMENT) * plane + spot
+            for j in tl.static_range(W):
+                tl.store(saved + j * TILE, h[j], mask=on & (lane * W + j < N))
+        for r in tl.static_range(R):
+            first = start + k + r * G
+            dt = ts[r].to(tl.float32) + bias
+            if SOFTPLUS:
+                dt = _softplus(dt)
+            if RESETS:
+                reset, real = _pair(tl.load(RESET + row + r * G + lane))
+                dt = dt * real
+            if not EVEN:
+                dt = tl.where(first + lane < L, dt, 0.0)
+            sums += dt
+            value = xs[r].to(tl.float32)
+            scaled = value * dt
+            out = tl.zeros([G, BD], tl.float32)
+            for u in tl.static_range(G):
+                if r * G + u >= AHEAD:
+                    Bs = Bs + _quads(Bp + (r * G + u - U) * (G * W), W)
+                    Cs = (Cs + _quads(Cp + (r * G + u - U) * (G * W), W)) if OUTPUTS else Bs
+                dt_u = _token(dt, u)
+                scaled_u = _token(scaled, u)
+                if RESETS:
+                    reset_u = _token(reset, u)
+                after = ()
+                for j in tl.static_range(W):
+                    decay = _decay(dt_u, a[j], reset_u if RESETS else 0.0, RESETS)
+                    after = after + (decay * h[j] + scaled_u * Bs[(r * G + u) * W + j],)
+                h = after
+                if OUTPUTS:
+                    part = h[0] * Cs[(r * G + u) * W]
+                    for j in tl.static_range(1, W):
+                        part += h[j] * Cs[(r * G + u) * W + j]
+                    out = tl.where(lane == u, tl.sum(part, 0)[None, :], out)
+            if OUTPUTS:
+                out += skip * value
+                if HAS_Z:
+                    gate = zs[r].to(tl.float32)
+                    out = out * gate * _sigmoid(gate)
+                tl.store(y + r * G * D, out.to(Y.dtype.element_ty), mask=on & (first + lane < L))
+        row += U
         y += U * D
         xs = ahead_x
         ts = ahead_t
         zs = ahead_z
-    if s == spans - 1:
-        for n in tl.static_range(N):
-            tl.store(LAST + (b * N + n) * D + d, h[n], mask=on)
+        Bs = ahead_B
+        Cs = ahead_C
+    if OUTPUTS:
+        states = STATES + b * plane + spot
+    else:
+        states = STATES + (b * spans + s) * plane + spot
+        tl.store(SUMS + (b * spans + s) * D + d, tl.sum(sums, 0)[None, :], mask=on & (lane == 0))
+    if (not OUTPUTS) or (s == spans - 1):
+        for j in tl.static_range(W):
+            tl.store(states + j * TILE, h[j], mask=on & (lane * W + j < N))
+
+
+@triton.jit
+def pass_states(
+    A, SUMS, FORGET, FIRST, ENDS, STATES, spans, D,
+    N: tl.constexpr, BD: tl.constexpr, HAS_FIRST: tl.constexpr, RESETS: tl.constexpr,
+):  # fmt: skip
+    """States at the start of every span, STATES (b, s, plane), from ENDS (b, s - 1, plane) and FIRST (b, plane)."""
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    b = tl.program_id(1).to(tl.int64)
+    plane = tl.cdiv(D, TILE) * TILE * N
+    d = c // (N * TILE) * TILE + c % TILE
+    on = (c < plane) & (d < D)
+    a = tl.load(A + c, mask=on, other=0.0)
+    h = tl.zeros([BD], tl.float32)
+    if HAS_FIRST:
+        h = tl.load(FIRST + b * plane + c, mask=on, other=0.0)
+    for s in range(spans - 1):
+        tl.store(STATES + (b * spans + s) * plane + c, h, mask=on)
+        exponent = a * tl.load(SUMS + (b * (spans - 1) + s) * D + d, mask=on, other=0.0)
+        if RESETS:
+            exponent += tl.load(FORGET + b * (spans - 1) + s)
+        h = tl.exp2(exponent) * h + tl.load(ENDS + (b * (spans - 1) + s) * plane + c, mask=on, other=0.0)
+    tl.store(STATES + (b * spans + spans - 1) * plane + c, h, mask=on)
 
 
 @triton.jit
@@ -267,6 +332,8 @@ def segment_adjoints(
     segments = tl.num_programs(1)
     d = i * BD + tl.arange(0, BD)
     on = d < D
+    plane = tl.cdiv(D, TILE) * TILE * N
+    spot = _in_plane(i, BD, N)
     bias = tl.load(BIAS + d, mask=on, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(SKIP + d, mask=on, other=0.0) if HAS_SKIP else 0.0
     h = ()
@@ -274,8 +341,8 @@ def segment_adjoints(
     p = ()
     g = ()
     for n in tl.static_range(N):
-        a = a + (tl.load(A + n * D + d, mask=on, other=0.0),)
-        h = h + (tl.load(SAVED + ((b * segments + s) * N + n) * D + d, mask=on, other=0.0),)
+        a = a + (tl.load(A + spot + n * TILE, mask=on, other=0.0),)
+        h = h + (tl.load(SAVED + (b * segments + s) * plane + spot + n * TILE, mask=on, other=0.0),)
         p = p + (tl.full([BD], 1.0, tl.float32),)
         g = g + (tl.zeros([BD], tl.float32),)
     total = tl.zeros([BD], tl.float32)
@@ -292,8 +359,9 @@ def segment_adjoints(
     pairs = _states(BC + row * N, N)
     for k in range(0, SEGMENT, U):
         if k % UB == 0:
+            block = BLOCKS + ((b * segments + s) * (SEGMENT // UB) + k // UB) * plane + spot
             for n in tl.static_range(N):
-                tl.store(BLOCKS + (((b * segments + s) * (SEGMENT // UB) + k // UB) * N + n) * D + d, h[n], mask=on)
+                tl.store(block + n * TILE, h[n], mask=on)
         x += U * x_t
         t += U * dt_t
         z += U * z_t
@@ -342,39 +410,40 @@ def segment_adjoints(
         zs = ahead_z
         ups = ahead_up
     for n in tl.static_range(N):
-        tl.store(CARRY + ((b * segments + s) * N + n) * D + d, g[n], mask=on)
+        tl.store(CARRY + (b * segments + s) * plane + spot + n * TILE, g[n], mask=on)
     tl.store(SUMS + (b * segments + s) * D + d, total, mask=on)
 
 
 @triton.jit
 def pass_adjoints(
     A, SUMS, FORGET, LAST, CARRY, FIRST, segments, D,
-    BD: tl.constexpr, U: tl.constexpr, HAS_LAST: tl.constexpr, RESETS: tl.constexpr,
+    N: tl.constexpr, BD: tl.constexpr, U: tl.constexpr, HAS_LAST: tl.constexpr, RESETS: tl.constexpr,
 ):  # fmt: skip
-    """CARRY (b, segments, n, d) becomes the gradient of the state after a segment, FIRST (b, n, d) that before all."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    N = tl.num_programs(1)
-    on = d < D
-    a = tl.load(A + n * D + d, mask=on, other=0.0)
+    """CARRY (b, segments, plane) becomes the gradient of the state after a segment, FIRST (b, plane) before all."""
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    b = tl.program_id(1).to(tl.int64)
+    plane = tl.cdiv(D, TILE) * TILE * N
+    d = c // (N * TILE) * TILE + c % TILE
+    on = (c < plane) & (d < D)
+    a = tl.load(A + c, mask=on, other=0.0)
     g = tl.zeros([BD], tl.float32)
     if HAS_LAST:
-        g = tl.load(LAST + (b * N + n) * D + d, mask=on, other=0.0)
+        g = tl.load(LAST + b * plane + c, mask=on, other=0.0)
     for k in range(0, segments, U):
         owns = ()
         exponents = ()
         for u in tl.static_range(U):
             s = segments - 1 - k - u
-            owns = owns + (tl.load(CARRY + ((b * segments + s) * N + n) * D + d, mask=on & (s >= 0), other=0.0),)
+            owns = owns + (tl.load(CARRY + (b * segments + s) * plane + c, mask=on & (s >= 0), other=0.0),)
             exponent = a * tl.load(SUMS + (b * segments + s) * D + d, mask=on & (s >= 0), other=0.0)
             if RESETS:
                 exponent += tl.load(FORGET + b * segments + s, mask=s >= 0, other=0.0)
             exponents = exponents + (exponent,)
         for u in tl.static_range(U):
             s = segments - 1 - k - u
-            tl.store(CARRY + ((b * segments + s) * N + n) * D + d, g, mask=on & (s >= 0))
+            tl.store(CARRY + (b * segments + s) * plane + c, g, mask=on & (s >= 0))
             g = tl.exp2(exponents[u]) * g + owns[u]
-    tl.store(FIRST + (b * N + n) * D + d, g, mask=on)
+    tl.store(FIRST + b * plane + c, g, mask=on)
 
 
 @triton.jit
@@ -398,7 +467,7 @@ def _columns(r, COUNT: tl.constexpr):
 
 @triton.jit
 def segment_gradients(
-    X, DT, Z, DY, BC, RESET, A, SKIP, BIAS, BLOCKS, CARRY, DX, DDT, DBC, DA, DSKIP, DBIAS,
+    X, DT, Z, DY, BCT, RESET, A, SKIP, BIAS, BLOCKS, CARRY, DX, DDT, DBC, DA, DSKIP, DBIAS,
     L, D, x_b, x_t, dt_b, dt_t, z_b, z_t,
     N: tl.constexpr, NU: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, SEGMENT: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, RESETS: tl.constexpr, EVEN: tl.constexpr,
@@ -408,15 +477,17 @@ def segment_gradients(
 
     CARRY (b, segments, n, d) holds the gradient of the state after the segment and serves as scratch. DBC (d / BD, b,
     segments, SEGMENT / U, n, 2, U), DA (b, segments, n, d), DSKIP, DBIAS (b, segments, d) take partial sums. EXACT
-    sums over channels in float32; otherwise their terms are rounded to bfloat16 and one small matrix product adds.
+    sums over channels in float32; else one small matrix product adds terms rounded to bfloat16, tf32 for other inputs.
     """
     i, s, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     segments = tl.num_programs(1)
     d = i * BD + tl.arange(0, BD)
     on = d < D
+    plane = tl.cdiv(D, TILE) * TILE * N
+    spot = _in_plane(i, BD, N)
     bias = tl.load(BIAS + d, mask=on, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(SKIP + d, mask=on, other=0.0) if HAS_SKIP else 0.0
-    own = (b * segments + s) * N * D + d  # this program's states in CARRY and DA
+    own = (b * segments + s) * plane + spot  # this program's states in CARRY and DA
     dskip = tl.zeros([BD], tl.float32)
     dbias = tl.zeros([BD], tl.float32)
     column = tl.arange(0, NU * 2 * U)
@@ -431,16 +502,19 @@ def segment_gradients(
         ts = _block(DT + b * dt_b + start * dt_t + d, dt_t, start, L, on, U)
         zs = _block(Z + b * z_b + start * z_t + d, z_t, start, L, on & HAS_Z, U)
         ups = _block(DY + out, D, start, L, on, U)
-        firsts = BLOCKS + ((b * segments + s) * (SEGMENT // U) + block) * N * D + d
+        firsts = BLOCKS + ((b * segments + s) * (SEGMENT // U) + block) * plane + spot
+        bct = BCT + b * N * segments * SEGMENT + s * SEGMENT + block * U
         an = ()
         first = ()
         right = ()
         before = ()
+        lines = ()
         for m in tl.static_range(NU):
-            an = an + (tl.load(A + m * D + d, mask=on, other=0.0),)
-            first = first + (tl.load(firsts + m * D, mask=on, other=0.0),)
-            right = right + (tl.load(CARRY + own + m * D, mask=on, other=0.0),)
-            before = before + (tl.load(DA + own + m * D, mask=on & (k > 0), other=0.0),)
+            lines = lines + _line(bct + m * segments * SEGMENT, U)
+            an = an + (tl.load(A + spot + m * TILE, mask=on, other=0.0),)
+            first = first + (tl.load(firsts + m * TILE, mask=on, other=0.0),)
+            right = right + (tl.load(CARRY + own + m * TILE, mask=on, other=0.0),)
+            before = before + (tl.load(DA + own + m * TILE, mask=on & (k > 0), other=0.0),)
         dts, resets = _steps(ts, bias, start, L, RESET + row, U, SOFTPLUS, RESETS, EVEN)
         scaled = ()
         dys = ()
@@ -463,13 +537,15 @@ def segment_gradients(
             ahead_first = ()
             ahead_right = ()
             ahead_before = ()
+            ahead_lines = ()
             for m in tl.static_range(NU):  # what the next states need comes while these are computed
-                n = n0 + NU + m
-                more = on & (n < N)
-                ahead_an = ahead_an + (tl.load(A + n * D + d, mask=more, other=0.0),)
-                ahead_first = ahead_first + (tl.load(firsts + n * D, mask=more, other=0.0),)
-                ahead_right = ahead_right + (tl.load(CARRY + own + n * D, mask=more, other=0.0),)
-                ahead_before = ahead_before + (tl.load(DA + own + n * D, mask=more & (k > 0), other=0.0),)
+                n = tl.minimum(n0 + NU + m, N - 1)
+                more = on & (n0 + NU < N)
+                ahead_lines = ahead_lines + _line(bct + n * segments * SEGMENT, U)
+                ahead_an = ahead_an + (tl.load(A + spot + n * TILE, mask=more, other=0.0),)
+                ahead_first = ahead_first + (tl.load(firsts + n * TILE, mask=more, other=0.0),)
+                ahead_right = ahead_right + (tl.load(CARRY + own + n * TILE, mask=more, other=0.0),)
+                ahead_before = ahead_before + (tl.load(DA + own + n * TILE, mask=more & (k > 0), other=0.0),)
             terms = ()
             for m in tl.static_range(NU):
                 n = n0 + m
@@ -477,11 +553,8 @@ def segment_gradients(
                 decays = ()
                 kept = ()
                 dcs = ()
-                pairs = ()
                 for u in tl.static_range(U):
-                    pairs = pairs + (tl.load(BC + (row + u) * N + n),)
-                for u in tl.static_range(U):
-                    B, C = _pair(pairs[u])
+                    B, C = _pair(lines[m * U + u])
                     decay = _decay(dts[u], an[m], resets[u], RESETS)
                     keep = decay * h
                     h = scaled[u] * B + keep
@@ -494,7 +567,7 @@ def segment_gradients(
                 ngx = ()
                 ngt = ()
                 for v in tl.static_range(1, U + 1):
-                    B, C = _pair(pairs[U - v])
+                    B, C = _pair(lines[m * U + U - v])
                     dh = dys[U - v] * C + g
                     g = decays[U - v] * dh
                     de = dh * kept[U - v]  # gradient of the exponent dt * A
@@ -505,20 +578,22 @@ def segment_gradients(
                 gx = ngx
                 gt = ngt
                 terms = terms + dbs + dcs
-                tl.store(CARRY + own + n * D, g, mask=on)
-                tl.store(DA + own + n * D, da, mask=on)
+                tl.store(CARRY + own + n * TILE, g, mask=on)
+                tl.store(DA + own + n * TILE, da, mask=on)
             if EXACT:
                 for c in tl.static_range(NU * 2 * U):
                     tl.store(sums + n0 * 2 * U + c, tl.sum(terms[c], 0))
             else:
-                ones = tl.full([16, BD], 1.0, tl.bfloat16)
-                total = tl.dot(ones, _columns(terms, NU * 2 * U).to(tl.bfloat16))
+                kind: tl.constexpr = tl.bfloat16 if X.dtype.element_ty == tl.bfloat16 else tl.float32
+                ones = tl.full([16, BD], 1.0, kind)
+                total = tl.dot(ones, _columns(terms, NU * 2 * U).to(kind), input_precision="tf32")
                 at = sums + n0 * 2 * U + column[None, :] + line[:, None] * 0
                 tl.store(at, total, mask=line[:, None] == 0)
             an = ahead_an
             first = ahead_first
             right = ahead_right
             before = ahead_before
+            lines = ahead_lines
         xs = _block(x, x_t, start, L, on, U)
         for u in tl.static_range(U):
             mask = on & (start + u < L)

@@ -160,7 +160,7 @@ def _packed(z: Sizes, bits: int) -> Callable[[Inputs], tuple[Any, ...]]:
         if not bits:
             return x, Linear(weight, bias)
         packed, scales, offsets = mx.quantize(weight.astype(mx.float32), 32, bits, stream=mx.cpu)  # alike everywhere
-        return x, Linear(packed, bias, *(new.rounded(y) for y in (scales, offsets)), 32, bits)
+        return x, Linear(packed, bias, new.rounded(scales), new.rounded(offsets), 32, bits)
 
     return arguments
 

@@ -61,7 +61,8 @@ class Unrounded(NamedTuple):
 
 def require_linear(op: str, name: str, linear: Linear, n: int, k: int) -> None:
     """The map must take (k,) to (n,)."""
-    shapes = {name: (linear.weight, (n, k * linear.bits // 32 if linear.bits else k))}
+    packed = (n, k * linear.bits // 32 if linear.bits else k)
+    shapes: dict[str, tuple[mx.array, tuple[int, ...]]] = {name: (linear.weight, packed)}
     if linear.scales is not None and linear.offsets is not None:
         groups = (n, k // linear.group_size)
         shapes |= {f"{name}.scales": (linear.scales, groups), f"{name}.offsets": (linear.offsets, groups)}

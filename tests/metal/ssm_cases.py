@@ -103,40 +103,40 @@ class Block:
 def step(block: Block) -> Case:
     """A token of `block` against float64."""
     rng = np.random.default_rng(block.d + block.n + block.r)
-    b, d, n, r = block.b, block.d, block.n, block.r
+    b, d, n, r, dtype = block.b, block.d, block.n, block.r, block.dtype
 
     def array(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return rounded(scale * rng.standard_normal(shape), block.dtype)
+        return rounded(scale * rng.standard_normal(shape), dtype)
 
     xz, past, conv, shift = array(b, 2 * d), array(b, block.taps - 1, d), array(d, block.taps), array(d)
     (x_weight, x_proj), (dt_weight, dt_proj) = (
-        linear_of(array(*shape, scale=shape[1] ** -0.5), block.dtype, block.bits) for shape in ((r + 2 * n, d), (d, r))
+        linear_of(array(*shape, scale=shape[1] ** -0.5), dtype, block.bits) for shape in ((r + 2 * n, d), (d, r))
     )
     dt_bias, D, state = (rounded(rng.standard_normal(shape), "float32") for shape in ((d,), (d,), (b, d, n)))
     dt_bias, A_log = dt_bias - 2, np.log(np.arange(1, n + 1)) + 0.1 * rng.standard_normal((d, n))
     dt_bias, A_log = rounded(dt_bias, "float32"), rounded(A_log, "float32")
-    norms = tuple(array(size) for size in (r, n, n)) if block.normed else None
+    norms = (array(r), array(n), array(n)) if block.normed else None
     y, last, new = np.zeros((b, d)), past.copy(), state.copy()
     for row in range(b):
         if block.active is None or block.active[row]:
             out, last[row] = causal_conv(xz[row : row + 1, :d], past[row], conv, shift if block.bias else None)
             x = silu(out)
-            parts = np.split(x @ x_weight.T, [r, r + n], axis=-1)
+            low, B, C = np.split(x @ x_weight.T, [r, r + n], axis=-1)
             if norms is not None:
-                parts = [rms_norm(part, w, 1e-5) for part, w in zip(parts, norms, strict=True)]
-            dt = parts[0] @ dt_weight.T + dt_bias
-            y[row], new[row] = _scan_oracle(x, dt, A_log, *parts[1:], D, xz[row : row + 1, d:], state[row])
+                low, B, C = (rms_norm(part, w, 1e-5) for part, w in zip((low, B, C), norms, strict=True))
+            dt = low @ dt_weight.T + dt_bias
+            y[row], new[row] = _scan_oracle(x, dt, A_log, B, C, D, xz[row : row + 1, d:], state[row])
     weights = MambaWeights(
-        to_mlx(conv, block.dtype),
-        to_mlx(shift, block.dtype) if block.bias else None,
+        to_mlx(conv, dtype),
+        to_mlx(shift, dtype) if block.bias else None,
         x_proj,
         dt_proj._replace(bias=to_mlx(dt_bias)),
-        None if norms is None else (to_mlx(norms[0], block.dtype), *(to_mlx(w, block.dtype) for w in norms[1:])),
+        None if norms is None else (to_mlx(norms[0], dtype), to_mlx(norms[1], dtype), to_mlx(norms[2], dtype)),
         1e-5,
         to_mlx(A_log),
         to_mlx(D),
     )
-    arrays = to_mlx(xz, block.dtype), to_mlx(past, block.dtype), to_mlx(state)
+    arrays = to_mlx(xz, dtype), to_mlx(past, dtype), to_mlx(state)
     moves = None if block.active is None else mx.array(block.active)
 
     def call() -> Sequence[mx.array]:
@@ -144,7 +144,7 @@ def step(block: Block) -> Case:
             return selective_scan_step(*arrays, weights, moves)
 
     bodies = ("selective_scan_step", "selective_scan_step_header", "linear_header")
-    bounds, plain = [BOUNDS[block.dtype], 0.0, BOUNDS[block.dtype]], 1.0 if block.dtype == "float32" else 8.0
+    bounds, plain = [BOUNDS[dtype], 0.0, BOUNDS[dtype]], 1.0 if dtype == "float32" else 8.0
     return Case(str(block), bodies, call, [y, last, new], bounds, plain)
 
 

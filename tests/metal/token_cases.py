@@ -39,8 +39,7 @@ def add_norm(dtype: str = "float32", b: int = 2, d: int = 37, out: str = "") -> 
     total = rounded(h + x, dtype)
 
     def call() -> Sequence[mx.array]:
-        arrays = (to_mlx(y, dtype) for y in (h, x, weight))
-        return add_rms_norm(*arrays, 1e-5, getattr(mx, out or dtype))
+        return add_rms_norm(to_mlx(h, dtype), to_mlx(x, dtype), to_mlx(weight, dtype), 1e-5, getattr(mx, out or dtype))
 
     name = f"add norm {dtype} {b} x {d} to {out or dtype}"
     return Case(

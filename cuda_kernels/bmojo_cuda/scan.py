@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from bmojo_cuda.documents import forget_marks, real_tokens, starts
@@ -207,5 +208,6 @@ class _Eager(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _differentiate(ctx, *grad_outputs, run=_gradients)

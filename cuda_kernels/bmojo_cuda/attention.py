@@ -6,13 +6,16 @@ tokens are chosen: it reads lists of rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bmojo_cuda import attention_launch
 from bmojo_cuda.attention_reference import memory_attention_reference, slots_of
 from bmojo_cuda.documents import document_bounds
-from bmojo_cuda.launch import has_triton
+from bmojo_cuda.launch import has_triton, warn_of_plain_op
 
 HEAD_DIMS = (32, 64, 96, 128)
 
@@ -56,17 +59,14 @@ def memory_attention(
     """
     given = (q, k, v, k_fading, v_fading, q_fading, q_eidetic, k_eidetic, v_eidetic)
     _check(*given, eidetic_index, segment_ids, eidetic_position, window, n_fading, chunk)
-    slots = slots_of(eidetic_index, n_sinks, segment_ids, q.shape[1], k.shape[1], chunk)
-    if q.is_cuda and has_triton() and fits(q, chunk, slots is not None):
-        bounds = (None, None) if segment_ids is None else document_bounds(segment_ids)
-        if slots is not None:
-            slots = slots.to(q.device, torch.int32).expand(q.shape[0], -1, -1).contiguous()
-        if not n_fading:
-            k_fading = v_fading = q_fading = None
-        position = None if eidetic_position is None else eidetic_position.to(torch.int32).contiguous()
-        floats = (q, k, v, k_fading, v_fading, q_fading, q_eidetic, k_eidetic, v_eidetic)
-        shape = (window, n_fading, chunk, q.shape[-1] ** -0.5 if scale is None else scale)
-        return _attend(*floats, slots, position, *bounds, *shape)[0]
+    if q.is_cuda and has_triton():
+        refusal = why_not(q, chunk, eidetic_index is not None or n_sinks > 0)
+        if refusal is None:
+            shape = (window, n_fading, chunk, n_sinks, scale)
+            arguments = prepared(given, eidetic_index, eidetic_position, segment_ids, shape)
+            ordinary = type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+            return (_Eager.apply if ordinary else _attend)(*arguments)[0]  # pyright: ignore[reportIndexIssue]
+        warn_of_plain_op("memory_attention", refusal)
     return memory_attention_reference(
         q, k, v, k_fading, v_fading, eidetic_index, window=window, n_fading=n_fading, chunk=chunk, n_sinks=n_sinks,
         segment_ids=segment_ids, q_fading=q_fading, q_eidetic=q_eidetic, k_eidetic=k_eidetic, v_eidetic=v_eidetic,
@@ -74,10 +74,41 @@ def memory_attention(
     )  # fmt: skip
 
 
+def why_not(q: Tensor, chunk: int, slots: bool) -> str | None:
+    """Why the kernels do not take these queries, None if they do."""
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"the kernels know head_dim {HEAD_DIMS}, not {q.shape[-1]}"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels do not compute in {q.dtype}"
+    if slots and chunk % 32:
+        return f"with eidetic rows or sinks the kernels need a chunk that is a multiple of 32, not {chunk}"
+    return None
+
+
 def fits(q: Tensor, chunk: int, slots: bool) -> bool:
-    """Whether the kernels take these queries: head sizes and dtypes they know, chunks that are multiples of 32."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    return q.shape[-1] in HEAD_DIMS and q.dtype in floats and (not slots or chunk % 32 == 0)
+    """Whether the kernels take these queries, with `slots` (eidetic rows or sinks) or without."""
+    return why_not(q, chunk, slots) is None
+
+
+def prepared(
+    floats: tuple[Tensor | None, ...],
+    eidetic_index: Tensor | None,
+    eidetic_position: Tensor | None,
+    segment_ids: Tensor | None,
+    shape: tuple[int, int, int, int, float | None],
+) -> tuple[Any, ...]:
+    """Arguments of the launchers from those of the public op: floats in the order of `Gradients`, sinks among slots."""
+    q, k = floats[0], floats[1]
+    assert q is not None and k is not None
+    window, n_fading, chunk, n_sinks, scale = shape
+    slots = slots_of(q, eidetic_index, n_sinks, segment_ids, k.shape[1], chunk)
+    bounds = (None, None) if segment_ids is None else document_bounds(segment_ids)
+    if slots is not None:
+        slots = slots.to(torch.int32).contiguous()
+    if not n_fading:
+        floats = (*floats[:3], None, None, None, *floats[6:])
+    position = None if eidetic_position is None else eidetic_position.to(torch.int32).contiguous()
+    return *floats, slots, position, *bounds, window, n_fading, chunk, q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _check(
@@ -109,7 +140,8 @@ def _check(
     r = lk if k_eidetic is None else k_eidetic.shape[1]
     chunks, e = -(-lq // chunk), 0 if eidetic_index is None else eidetic_index.shape[-1]
     wanted = {
-        "v": (v, (b, lk, g, p)), "k_fading": (k_fading, (b, lk, g, p)), "v_fading": (v_fading, (b, lk, g, p)),
+        "k": (k, (b, lk, g, p)), "v": (v, (b, lk, g, p)),
+        "k_fading": (k_fading, (b, lk, g, p)), "v_fading": (v_fading, (b, lk, g, p)),
         "q_fading": (q_fading, (b, lq, h, p)), "q_eidetic": (q_eidetic, (b, lq, h, p)),
         "k_eidetic": (k_eidetic, (b, r, g, p)), "v_eidetic": (v_eidetic, (b, r, g, p)),
         "eidetic_index": (eidetic_index, (b, chunks, e)), "segment_ids": (segment_ids, (b, lk)),
@@ -118,6 +150,9 @@ def _check(
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.is_floating_point() and (tensor.dtype, tensor.device) != (q.dtype, q.device):
+            wrong = f"must be {q.dtype} on {q.device} like q, got {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: {wrong}")
     if k_eidetic is not None and v_eidetic is None and r != lk:
         raise ValueError(f"v_eidetic: is required where k_eidetic has other rows than k ({r}, {lk})")
     if eidetic_index is None and eidetic_position is not None:
@@ -177,3 +212,18 @@ def _differentiate(ctx, do, _):
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    """`_attend` for ordinary tensors: torch's own wrapping of a custom op takes longer than launching the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        found = attention_launch.forward(*arguments)
+        _keep(ctx, arguments, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        out, lse, *inputs = ctx.saved_tensors
+        return *attention_launch.backward(grad_outputs[0], out, lse, *inputs, *ctx.numbers), *(None,) * 8

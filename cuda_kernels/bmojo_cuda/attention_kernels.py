@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 NEG = tl.constexpr(-1.0e30)  # finite: a masked row never becomes NaN
+NEVER = tl.constexpr(1 << 30)  # the position of an empty slot
 
 
 @triton.jit
@@ -88,12 +89,36 @@ def _read_bands(
 
 
 @triton.jit
+def survey_slots(INDEX, POSITION, PLACES, COUNT, SAFE, PAST, W, C, E, R, PLACED: tl.constexpr, BE: tl.constexpr):
+    """Of a chunk's list: PLACES (b, chunks, e), the positions of its rows; COUNT, how many slots up to the last one in
+    use; SAFE, how many leading ones every query of the chunk sees.
+    """
+    c = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    at = b * tl.num_programs(0) + c
+    count = 0
+    safe = E
+    for e0 in range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        j = tl.load(INDEX + at * E + e, mask=e < E, other=-1)
+        place = j
+        if PLACED:
+            place = tl.load(POSITION + b * R + j, mask=j >= 0, other=0)
+        place = tl.where(j >= 0, place, NEVER)
+        tl.store(PLACES + at * E + e, place, mask=e < E)
+        count = tl.maximum(count, tl.max(tl.where(j >= 0, e + 1, 0), 0))
+        safe = tl.minimum(safe, tl.min(tl.where(place <= c * C + PAST - W, E, e), 0))
+    tl.store(COUNT + at, count)
+    tl.store(SAFE + at, safe)
+
+
+@triton.jit
 def attend_forward(
-    Q, QF, QE, K, V, KF, VF, KE, VE, INDEX, COUNT, POSITION, START, O, LSE, LQ, PAST, W, F, C, E, R, scale,
+    Q, QF, QE, K, V, KF, VF, KE, VE, INDEX, COUNT, SAFE, PLACES, START, O, LSE, LQ, PAST, W, F, C, E, scale,
     q_b, q_t, qf_b, qf_t, qe_b, qe_t, k_b, k_t, v_b, v_t, kf_b, kf_t, vf_b, vf_t, ke_b, ke_t, ve_b, ve_t,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FADING: tl.constexpr, EIDETIC: tl.constexpr, TIED_F: tl.constexpr, TIED_E: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PLACED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O (b, i, heads, p) and LSE. With EIDETIC a tile lies within one chunk of C queries: BM divides C * G."""
     first = tl.program_id(0) * BM
@@ -153,17 +178,22 @@ def attend_forward(
         KE += b * ke_b + kv * P
         VE += b * ve_b + kv * P
         chunk = b * tl.cdiv(LQ, C) + (first // G) // C
+        INDEX += chunk * E
+        PLACES += chunk * E
         count = tl.load(COUNT + chunk)
-        for e0 in range(0, count, BN):
+        safe = tl.load(SAFE + chunk) // BN * BN
+        for e0 in range(0, safe, BN):
+            j = tl.load(INDEX + e0 + tl.arange(0, BN))
+            k = _tile(KE, j, j >= 0, ke_t, d, P, False)
+            v = _tile(VE, j, j >= 0, ve_t, d, P, False)
+            acc, m, l = _soften(q, k, v, None, scale, acc, m, l, False, PRECISION)
+        for e0 in range(safe, count, BN):
             e = e0 + tl.arange(0, BN)
-            j = tl.load(INDEX + chunk * E + e, mask=e < count, other=-1)
-            held = j >= 0
-            place = j
-            if PLACED:
-                place = tl.load(POSITION + b * R + j, mask=held, other=0)
-            seen = held[None, :] & (place[None, :] <= a[:, None] - W)
-            k = _tile(KE, j, held, ke_t, d, P, True)
-            v = _tile(VE, j, held, ve_t, d, P, True)
+            j = tl.load(INDEX + e, mask=e < count, other=-1)
+            place = tl.load(PLACES + e, mask=e < count, other=NEVER)
+            seen = place[None, :] <= a[:, None] - W
+            k = _tile(KE, j, j >= 0, ke_t, d, P, True)
+            v = _tile(VE, j, j >= 0, ve_t, d, P, True)
             acc, m, l = _soften(q, k, v, seen, scale, acc, m, l, True, PRECISION)
     out = O + ((b * LQ + i[:, None]) * H + head[:, None]) * P + d[None, :]
     tl.store(out, (acc / l[:, None]).to(O.dtype.element_ty), mask=on[:, None] & (d[None, :] < P))
@@ -224,12 +254,12 @@ def _query_bands(
 
 @triton.jit
 def attend_backward_queries(
-    Q, QF, QE, K, V, KF, VF, KE, VE, INDEX, COUNT, POSITION, START, DO, LSE, DELTA, DQ, DQF, DQE,
-    LQ, PAST, W, F, C, E, R, scale, natural,
+    Q, QF, QE, K, V, KF, VF, KE, VE, INDEX, COUNT, SAFE, PLACES, START, DO, LSE, DELTA, DQ, DQF, DQE,
+    LQ, PAST, W, F, C, E, scale, natural,
     q_b, q_t, qf_b, qf_t, qe_b, qe_t, k_b, k_t, v_b, v_t, kf_b, kf_t, vf_b, vf_t, ke_b, ke_t, ve_b, ve_t,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FADING: tl.constexpr, EIDETIC: tl.constexpr, TIED_F: tl.constexpr, TIED_E: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PLACED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, (b, i, heads, p); tied queries share DQ. `natural` is the scale of q k^T."""
     first = tl.program_id(0) * BM
@@ -295,17 +325,22 @@ def attend_backward_queries(
         KE += b * ke_b + kv * P
         VE += b * ve_b + kv * P
         chunk = b * tl.cdiv(LQ, C) + (first // G) // C
+        INDEX += chunk * E
+        PLACES += chunk * E
         count = tl.load(COUNT + chunk)
-        for e0 in range(0, count, BN):
+        safe = tl.load(SAFE + chunk) // BN * BN
+        for e0 in range(0, safe, BN):
+            j = tl.load(INDEX + e0 + tl.arange(0, BN))
+            k = _tile(KE, j, j >= 0, ke_t, d, P, False)
+            v = _tile(VE, j, j >= 0, ve_t, d, P, False)
+            dq = _query_step(q, do, lse, delta, k, v, None, scale, dq, False, PRECISION)
+        for e0 in range(safe, count, BN):
             e = e0 + tl.arange(0, BN)
-            j = tl.load(INDEX + chunk * E + e, mask=e < count, other=-1)
-            held = j >= 0
-            place = j
-            if PLACED:
-                place = tl.load(POSITION + b * R + j, mask=held, other=0)
-            seen = held[None, :] & (place[None, :] <= a[:, None] - W) & on[:, None]
-            k = _tile(KE, j, held, ke_t, d, P, True)
-            v = _tile(VE, j, held, ve_t, d, P, True)
+            j = tl.load(INDEX + e, mask=e < count, other=-1)
+            place = tl.load(PLACES + e, mask=e < count, other=NEVER)
+            seen = (place[None, :] <= a[:, None] - W) & on[:, None]
+            k = _tile(KE, j, j >= 0, ke_t, d, P, True)
+            v = _tile(VE, j, j >= 0, ve_t, d, P, True)
             dq = _query_step(q, do, lse, delta, k, v, seen, scale, dq, True, PRECISION)
     if EIDETIC and not TIED_E:
         tl.store(DQE + at, (dq * natural).to(DQE.dtype.element_ty), mask=mask)

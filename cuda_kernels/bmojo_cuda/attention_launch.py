@@ -1,18 +1,19 @@
-"""Launchers of memory attention's kernels: the portable ones (attention_kernels.py) and Hopper's (hopper_kernels.py).
+"""Launchers of memory attention's kernels: the portable ones (attention_kernels.py), Hopper's (hopper_*_kernels.py).
 
 They take what the public op has checked: rows of eidetic keys as int32 lists, sinks among them, and document bounds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bmojo_cuda import hopper
-from bmojo_cuda.launch import launch
+from bmojo_cuda.launch import launch, streaming_multiprocessors
 
 LOG2E = 1.4426950408889634
 
@@ -35,14 +36,24 @@ class Plan(NamedTuple):
     slots: Tiles
 
 
-def plan_for(dtype: torch.dtype, p: int) -> Plan:
-    """Tiles that compile without spills and measured best on Hopper; float32 computes exactly, on smaller ones."""
-    if dtype == torch.float32:
+@functools.cache
+def _shared_bytes(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def plan_for(q: Tensor) -> Plan:
+    """Tiles that fit the GPU and measured best on Hopper; float32 computes exactly, on smaller ones."""
+    if q.dtype == torch.float32:
         tiles = Tiles(32, 32, 4, 1)
         return Plan(tiles, tiles, tiles, tiles)
-    if p > 64:
-        return Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2))
-    return Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 3))
+    small = q.is_cuda and _shared_bytes(q.get_device()) < 200 * 1024
+    if q.shape[-1] <= 64:
+        if small:
+            return Plan(Tiles(128, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
+        return Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 3))
+    if small:
+        return Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 2))
+    return Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2))
 
 
 def _fitting(tiles: Tiles, rows: int | None) -> Tiles:
@@ -52,8 +63,13 @@ def _fitting(tiles: Tiles, rows: int | None) -> Tiles:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t (b, l, h, p) itself where the heads of a token lie side by side, else a copy."""
-    return t if t.stride(3) == 1 and t.stride(2) == t.shape[3] else t.contiguous()
+    """t (b, l, h, p) itself where the heads of a token lie side by side and copies of 16 bytes fit, else a copy."""
+    together = t.stride(3) == 1 and t.stride(2) == t.shape[3]
+    return (
+        t
+        if together and not (t.stride(0) % 16 or t.stride(1) % 16 or t.data_ptr() % 16)
+        else t.clone(memory_format=torch.contiguous_format)
+    )
 
 
 class _Call(NamedTuple):
@@ -61,9 +77,7 @@ class _Call(NamedTuple):
 
     floats: tuple[Tensor, ...]  # q, q_fading, q_eidetic, k, v, k_fading, v_fading, k_eidetic, v_eidetic
     strides: tuple[int, ...]
-    slots: Tensor  # (b, chunks, e) int32
-    counts: Tensor  # (b, chunks) int32: slots up to the last one used
-    safe: Tensor  # (b, chunks) int32: leading slots that every query of the chunk sees
+    slots: tuple[Tensor, ...]  # rows (b, chunks, e), counts (b, chunks), safe (b, chunks), places (b, chunks, e): int32
     flags: dict[str, bool]
     constants: dict[str, int | str]
 
@@ -79,7 +93,7 @@ def _call(
     strides = tuple(n for t in floats for n in t.stride()[:2])
     flags = {
         "FADING": k_fading is not None, "EIDETIC": slots is not None, "TIED_F": q_fading is None,
-        "TIED_E": q_eidetic is None, "DOCUMENTS": start is not None, "PLACED": position is not None,
+        "TIED_E": q_eidetic is None, "DOCUMENTS": start is not None,
     }  # fmt: skip
     h, p = q.shape[2:]
     constants = {
@@ -87,19 +101,17 @@ def _call(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     if slots is None:
-        slots = count = safe = torch.zeros(1, 1, 1, dtype=torch.int32, device=q.device)
-    else:
-        order = torch.arange(1, slots.shape[2] + 1, device=q.device, dtype=torch.int32)
-        count = torch.where(slots >= 0, order, 0).amax(-1)
-        place = (
-            slots
-            if position is None
-            else position[:, None].expand(-1, slots.shape[1], -1).gather(2, slots.clamp(0).long())
-        )
-        first = torch.arange(slots.shape[1], device=q.device) * chunk + k.shape[1] - q.shape[1]
-        seen = (slots >= 0) & (place <= (first - window)[:, None])
-        safe = seen.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
-    return _Call(floats, strides, slots, count, safe, flags, constants)
+        nothing = torch.empty(1, 1, 1, dtype=torch.int32, device=q.device)
+        return _Call(floats, strides, (nothing,) * 4, flags, constants)
+    from bmojo_cuda import attention_kernels as kernels
+
+    places, count = torch.empty_like(slots), slots.new_empty(slots.shape[:2])
+    safe, (b, chunks, e) = torch.empty_like(count), slots.shape
+    launch(
+        kernels.survey_slots, (chunks, b), slots, slots if position is None else position, places, count, safe,
+        k.shape[1] - q.shape[1], window, chunk, e, floats[7].shape[1], PLACED=position is not None, BE=128, num_warps=4,
+    )  # fmt: skip
+    return _Call(floats, strides, (slots, count, safe, places), flags, constants)
 
 
 def forward(
@@ -118,26 +130,24 @@ def forward(
     lse = torch.empty(b, lq, h, dtype=torch.float32, device=q.device)
     past = k.shape[1] - lq
     rows = chunk * group if slots is not None else None
-    numbers = (lq, past, window, n_fading, chunk, call.slots.shape[2], call.floats[7].shape[1], scale * LOG2E)
-    placed = call.slots if position is None else position
-    starts = call.slots if start is None else start[:, past:].contiguous()
-    wide = None if plan is not None else hopper.tiles_for(q, rows)
-    if wide is not None:
-        kernels = hopper.kernels()
-        grid = (-(-lq * group // wide.queries), g, b)
-        launch(
-            kernels.attend_forward, grid, *call.floats, call.slots, call.counts, call.safe, placed, starts, out, lse,
-            *numbers, *call.strides, BM=wide.queries, BN=wide.keys, WARPS=wide.warps, num_warps=wide.warps,
-            DEPTH=wide.depth,            HOLD=wide.hold and q_fading is None and q_eidetic is None, **call.flags,
-            **hopper.constants(call.constants),
-        )  # fmt: skip
-        return out, lse
+    numbers = (lq, past, window, n_fading, chunk, call.slots[0].shape[2], scale * LOG2E)
+    starts = call.slots[0] if start is None else start[:, past:].contiguous()
+    if plan is None and hopper.takes(q):
+        wide = hopper.forward_tiles(p, 1 + (q_fading is not None) + (slots is not None and q_eidetic is not None), rows)
+        if wide is not None:
+            pieces = -(-lq * group // wide.queries) * g * b
+            launch(
+                hopper.kernels("forward").attend_forward, (min(pieces, streaming_multiprocessors(q)),), *call.floats,
+                *call.slots, starts, out, lse, *numbers, g, b, pieces, *call.strides, BM=wide.queries, BN=wide.keys,
+                SLOTS=wide.slots, **call.flags, **hopper.constants(call.constants), num_warps=4,
+            )  # fmt: skip
+            return out, lse
     from bmojo_cuda import attention_kernels as kernels
 
-    tiles = _fitting((plan_for(q.dtype, p) if plan is None else plan).forward, rows)
+    tiles = _fitting((plan_for(q) if plan is None else plan).forward, rows)
     launch(
-        kernels.attend_forward, (-(-lq * group // tiles.queries), g, b), *call.floats, call.slots, call.counts, placed,
-        starts, out, lse, *numbers, *call.strides, BM=tiles.queries, BN=tiles.keys, **call.flags, **call.constants,
+        kernels.attend_forward, (-(-lq * group // tiles.queries), g, b), *call.floats, *call.slots, starts, out, lse,
+        *numbers, *call.strides, BM=tiles.queries, BN=tiles.keys, **call.flags, **call.constants,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse
@@ -171,62 +181,37 @@ def backward(
     )
     (b, lq, h, p), lk, g = q.shape, k.shape[1], k.shape[2]
     group, past = h // g, lk - lq
-    rows = chunk * group if slots is not None else None
-    fast = None if plan is not None else hopper.tiles_for(q, rows)
-    plan = plan_for(q.dtype, p) if plan is None else plan
+    fast = plan is None and hopper.takes(q)
+    plan = plan_for(q) if plan is None else plan
     do, delta, bp = do.contiguous(), torch.empty_like(lse), call.constants["BP"]
     launch(kernels.row_products, (-(-lse.numel() // 64),), out, do, delta, lse.numel(), P=p, BP=bp, BM=64, num_warps=4)
     given = (q, k, v, k_fading, v_fading, q_fading, q_eidetic)
     empty = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
     dq, dk, dv, dkf, dvf, dqf, dqe = empty
     assert dq is not None and dk is not None and dv is not None
-    placed = call.slots if position is None else position
-    starts = call.slots if start is None else start[:, past:].contiguous()
-    ends = call.slots if end is None else end.contiguous()
 
-    tensors = (do, lse, delta, dq, dq if dqf is None else dqf, dq if dqe is None else dqe)
-    numbers = (lq, past, window, n_fading, chunk, call.slots.shape[2], call.floats[7].shape[1], scale * LOG2E, scale)
-    floats = [call.floats[n] for n in (0, 1, 3, 4, 5, 6)]
-    strides = [n for t in floats for n in t.stride()[:2]]
+    tiles = _fitting(plan.queries, chunk * group if slots is not None else None)
+    starts = call.slots[0] if start is None else start[:, past:].contiguous()
+    launch(
+        kernels.attend_backward_queries, (-(-lq * group // tiles.queries), g, b), *call.floats, *call.slots, starts,
+        do, lse, delta, dq, dq if dqf is None else dqf, dq if dqe is None else dqe,
+        lq, past, window, n_fading, chunk, call.slots[0].shape[2], scale * LOG2E, scale, *call.strides,
+        BM=tiles.queries, BN=tiles.keys, **call.flags, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     fading = call.flags["FADING"]
-    targets = (do, lse, delta, dk, dv, dk if dkf is None else dkf, dv if dvf is None else dvf)
-    sizes = (lq, lk, past, window, n_fading, scale * LOG2E, scale)
-    if fast is not None:
-        fused = hopper.kernels()
-        constants = {
-            "WARPS": fast.warps,
-            "num_warps": fast.warps,
-            "DEPTH": fast.depth,
-            **hopper.constants(call.constants),
-        }
-        grid = (-(-lq * group // fast.queries), g, b)
-        launch(
-            fused.attend_backward_queries, grid, *call.floats, call.slots, call.counts, call.safe, placed, starts,
-            *tensors, *numbers, *call.strides, BM=fast.queries, BN=64, **call.flags, **constants,
-        )  # fmt: skip
-        constants = {"WARPS": 8, "num_warps": 8, "DEPTH": 2, **hopper.constants(call.constants)}
-        launch(
-            fused.attend_backward_keys, (-(-lk // 128), g, b * (2 if fading else 1)), *floats, ends, *targets, *sizes,
-            *strides, BM=64, BN=128, FADING=fading, DOCUMENTS=end is not None, **constants,
-        )  # fmt: skip
-    else:
-        tiles = _fitting(plan.queries, rows)
-        launch(
-            kernels.attend_backward_queries, (-(-lq * group // tiles.queries), g, b), *call.floats, call.slots,
-            call.counts, placed, starts, *tensors, *numbers, *call.strides, BM=tiles.queries, BN=tiles.keys,
-            **call.flags, **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        tiles = plan.keys
-        launch(
-            kernels.attend_backward_keys, (-(-lk // tiles.keys), g, b * (2 if fading else 1)), *floats, ends, *targets,
-            *sizes, *strides, BM=tiles.queries, BN=tiles.keys, FADING=fading, DOCUMENTS=end is not None,
-            **call.constants, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+    floats = [call.floats[n] for n in (0, 1, 3, 4, 5, 6)]
+    _launch_keys(
+        "attend_backward_keys", fast, plan.keys, (lk, g, b * (2 if fading else 1)), *floats,
+        call.slots[0] if end is None else end.contiguous(), do, lse, delta, dk, dv, dk if dkf is None else dkf,
+        dv if dvf is None else dvf, lq, lk, past, window, n_fading, scale * LOG2E, scale,
+        *(n for t in floats for n in t.stride()[:2]), constants=call.constants, FADING=fading,
+        DOCUMENTS=end is not None,
+    )  # fmt: skip
     dke = dve = None
     if slots is not None:
         dke = dk if k_eidetic is None else torch.zeros(k_eidetic.shape, dtype=k.dtype, device=k.device)
         dve = dv if v_eidetic is None else torch.zeros(v_eidetic.shape, dtype=v.dtype, device=v.device)
-        _add_slot_gradients(dke, dve, call, do, lse, delta, placed, lq, past, window, chunk, scale, plan.slots)
+        _add_slot_gradients(dke, dve, call, do, lse, delta, position, lq, past, window, chunk, scale, plan.slots, fast)
         dke, dve = None if k_eidetic is None else dke, None if v_eidetic is None else dve
     elif k_eidetic is not None or v_eidetic is not None:
         dke, dve = (None if t is None else torch.zeros_like(t) for t in (k_eidetic, v_eidetic))
@@ -235,35 +220,54 @@ def backward(
     return Gradients(dq, dk, dv, dkf, dvf, dqf, dqe, dke, dve)
 
 
+def _launch_keys(
+    name: str, fast: bool, tiles: Tiles, grid: tuple[int, int, int], *arguments: Any, constants: dict[str, Any],
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Launch a kernel whose keys stay, Hopper's or the portable one of that name; grid[0] counts keys."""
+    from bmojo_cuda import attention_kernels as kernels
+
+    if fast:
+        tall = hopper.KEYS
+        launch(
+            getattr(hopper.kernels("keys"), name), (-(-grid[0] // tall.keys), *grid[1:]), *arguments, BM=tall.queries,
+            BN=tall.keys, WARPS=tall.warps, DEPTH=tall.depth, num_warps=tall.warps, **flags,
+            **hopper.constants(constants),
+        )  # fmt: skip
+    else:
+        launch(
+            getattr(kernels, name), (-(-grid[0] // tiles.keys), *grid[1:]), *arguments, BM=tiles.queries,
+            BN=tiles.keys, **flags, **constants, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+
 GROUP_TOKENS = 1024  # chunks whose gradients of slots are summed by one program
 
 
 def _add_slot_gradients(
-    dke: Tensor, dve: Tensor, call: _Call, do: Tensor, lse: Tensor, delta: Tensor, placed: Tensor, lq: int, past: int,
-    window: int, chunk: int, scale: float, tiles: Tiles,
+    dke: Tensor, dve: Tensor, call: _Call, do: Tensor, lse: Tensor, delta: Tensor, position: Tensor | None, lq: int,
+    past: int, window: int, chunk: int, scale: float, tiles: Tiles, fast: bool,
 ) -> None:  # fmt: skip
     """Add to the gradients of k_eidetic and v_eidetic: sums over groups of chunks, then over the groups."""
     from bmojo_cuda import attention_kernels as kernels
 
     q, ke, ve = call.floats[2], call.floats[7], call.floats[8]
-    (b, r, g, p), (_, chunks, e) = ke.shape, call.slots.shape
+    slots = call.slots[0]
+    (b, r, g, p), (_, chunks, e) = ke.shape, slots.shape
     together = max(1, min(32, GROUP_TOKENS // chunk))
     groups = -(-chunks // together)
     width = min(together * e, r)
     ints = {"dtype": torch.int32, "device": q.device}
     bits = torch.zeros(b, groups, r, **ints)
     union, place, count = torch.empty(b, groups, width, **ints), torch.empty_like(bits), torch.empty(b, groups, **ints)
-    launch(
-        kernels.mark_members, (chunks, b), call.slots, bits, e, r, chunks, groups, CHUNKS=together, BE=128, num_warps=4
-    )
+    launch(kernels.mark_members, (chunks, b), slots, bits, e, r, chunks, groups, CHUNKS=together, BE=128, num_warps=4)
     launch(kernels.gather_members, (b * groups,), bits, union, place, count, r, width, BR=1024, num_warps=4)
     parts = torch.empty(b, groups, width, g, 2, p, dtype=torch.float32, device=q.device)
     strides = (n for t in (q, ke, ve) for n in t.stride()[:2])
-    launch(
-        kernels.attend_backward_slots, (-(-width // tiles.keys), g, b * groups), q, ke, ve, union, bits, count, placed,
-        do, lse, delta, parts, lq, past, window, chunk, r, width, groups, scale * LOG2E, scale, *strides,
-        BM=tiles.queries, BN=tiles.keys, CHUNKS=together, PLACED=call.flags["PLACED"], **call.constants,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    _launch_keys(
+        "attend_backward_slots", fast, tiles, (width, g, b * groups), q, ke, ve, union, bits, count,
+        slots if position is None else position, do, lse, delta, parts, lq, past, window, chunk, r, width, groups,
+        scale * LOG2E, scale, *strides, constants=call.constants, CHUNKS=together, PLACED=position is not None,
     )  # fmt: skip
     launch(
         kernels.add_slots, (-(-r // 16), g, b), parts, place, dke, dve, r, width, groups, g,

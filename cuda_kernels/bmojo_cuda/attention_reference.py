@@ -11,19 +11,17 @@ from bmojo_cuda.documents import document_bounds
 
 
 def slots_of(
-    eidetic_index: Tensor | None, n_sinks: int, segment_ids: Tensor | None, lq: int, lk: int, chunk: int
+    q: Tensor, eidetic_index: Tensor | None, n_sinks: int, segment_ids: Tensor | None, lk: int, chunk: int
 ) -> Tensor | None:
     """Rows each chunk may see for ever, its document's sinks before its list: (b, n_chunks, n_sinks + e), -1 = none."""
     if not n_sinks:
         return eidetic_index
-    chunks = -(-lq // chunk)
+    b, lq = q.shape[:2]
+    order = torch.arange(n_sinks, dtype=torch.int32, device=q.device)
     if segment_ids is None:
-        sinks = torch.arange(n_sinks).expand(1, chunks, n_sinks)
-        if eidetic_index is not None:
-            sinks = sinks.to(eidetic_index.device).expand(eidetic_index.shape[0], -1, -1)
+        sinks = order.expand(b, -(-lq // chunk), n_sinks)
     else:
-        first = document_bounds(segment_ids)[0][:, lk - lq :: chunk]  # (b, chunks)
-        sinks = first[..., None] + torch.arange(n_sinks, device=segment_ids.device)
+        sinks = document_bounds(segment_ids)[0][:, lk - lq :: chunk, None] + order
     sinks = torch.where(sinks < lk, sinks, -1)
     return sinks if eidetic_index is None else torch.cat([sinks.to(eidetic_index.dtype), eidetic_index], -1)
 
@@ -53,7 +51,7 @@ def memory_attention_reference(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     past, factor = lk - lq, p**-0.5 if scale is None else scale
     start = None if segment_ids is None else document_bounds(segment_ids)[0]
-    slots = slots_of(eidetic_index, n_sinks, segment_ids, lq, lk, chunk)
+    slots = slots_of(q, eidetic_index, n_sinks, segment_ids, lk, chunk)
     ke, ve = k if k_eidetic is None else k_eidetic, v if v_eidetic is None else v_eidetic
     place = torch.arange(ke.shape[1], device=q.device)[None] if eidetic_position is None else eidetic_position
     out = []
@@ -77,7 +75,7 @@ def memory_attention_reference(
             reads.append((q if q_fading is None else q_fading, k_fading[:, rows], v_fading[:, rows], seen))
         if slots is not None:
             held = torch.zeros(b, len(i), ke.shape[1] + 1, dtype=torch.bool, device=q.device)
-            mine = slots.expand(b, -1, -1)[:, i // chunk].long()
+            mine = slots[:, i // chunk].long()
             held.scatter_(2, torch.where(mine < 0, ke.shape[1], mine), True)
             seen = held[..., :-1] & (place[:, None] <= (a - window)[:, None])
             reads.append((q if q_eidetic is None else q_eidetic, ke, ve, seen))

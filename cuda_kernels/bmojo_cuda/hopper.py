@@ -1,4 +1,4 @@
-"""When memory attention takes the kernels written by hand for Hopper (hopper_kernels.py), and how they are cut."""
+"""When memory attention takes the kernels written by hand for Hopper (hopper_*_kernels.py), and how they are cut."""
 
 from __future__ import annotations
 
@@ -12,40 +12,56 @@ from torch import Tensor
 from bmojo_cuda.launch import capability
 
 KNOWN_TRITON = ("3.6",)  # Gluon is experimental: only releases these kernels were checked with
+SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor, for one program
 
 
 class Wide(NamedTuple):
-    """Rows of queries and keys a tile, warps, tiles that copies run ahead; does forward hold queries in registers?"""
+    """Rows of queries and keys a tile, tiles of keys in the ring."""
+
+    queries: int
+    keys: int
+    slots: int
+
+
+class Tall(NamedTuple):
+    """Rows of queries and keys a tile, warps, tiles that copies run ahead."""
 
     queries: int
     keys: int
     warps: int
     depth: int
-    hold: bool = False
+
+
+KEYS = Tall(64, 128, 8, 2)
 
 
 @functools.cache
-def kernels() -> Any:
-    """The module of the kernels, None where this Triton has no Gluon that is known to work."""
+def kernels(name: str) -> Any:
+    """The module hopper_{name}_kernels, None where this Triton has no Gluon that is known to work."""
     try:
         import triton
 
         if not triton.__version__.startswith(KNOWN_TRITON):
             return None
-        return importlib.import_module("bmojo_cuda.hopper_kernels")
+        return importlib.import_module(f"bmojo_cuda.hopper_{name}_kernels")
     except ImportError:
         return None
 
 
-def tiles_for(q: Tensor, rows: int | None) -> Wide | None:
-    """Tiles for queries (b, l, h, p) whose chunks hold `rows` rows (None: no chunks); None: the portable kernels."""
-    if capability(q)[0] != 9 or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 128):
+def takes(q: Tensor) -> bool:
+    """Whether these kernels can run for queries (b, l, h, p)."""
+    halves = (torch.bfloat16, torch.float16)
+    return capability(q)[0] == 9 and q.dtype in halves and q.shape[-1] in (64, 128) and kernels("keys") is not None
+
+
+def forward_tiles(p: int, kinds: int, rows: int | None) -> Wide | None:
+    """Tiles for so many kinds of queries and rows of a chunk (None: no chunks); None: left to others."""
+    if rows is not None and rows % 128:
         return None
-    if kernels() is None:
-        return None
-    if rows is None or rows % 128 == 0:
-        return Wide(128, 64, 8, 2)
-    return Wide(64, 64, 4, 1) if rows % 64 == 0 else None
+    tiles = Wide(128, 64, 0) if p == 128 else Wide(128, 128, 0)
+    # Beside the ring stand the queries, what storing the output takes (the queries' bytes at most), and barriers.
+    left = SHARED_BYTES - 2 * 128 * p * kinds - 128 * p - 4096
+    return tiles._replace(slots=min(5, left // (4 * tiles.keys * p)))
 
 
 def constants(portable: dict[str, Any]) -> dict[str, Any]:

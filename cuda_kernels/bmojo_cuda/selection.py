@@ -85,7 +85,7 @@ def innovation_forward(
         out if start is None else start, out, l, d, *signal.stride()[:2], EPSILON,
         **{f"C{j}": weight for j, weight in enumerate(weights, start=1)}, TAPS=len(coefficients),
         HAS_PAST=history is not None, DOCUMENTS=start is not None, RELATIVE=error == "relative",
-        BD=min(2048, 1 << (d - 1).bit_length()), num_warps=4,
+        BD=min(2048, 1 << (d - 1).bit_length()), num_warps=8 if d > 1024 else 4,
     )  # fmt: skip
     return out
 

@@ -61,6 +61,8 @@ class _Loss(nn.Module):
         else:
             state = state if restarts is None else self.model.reset(state, restarts)
             hidden, state = self.model.hidden(tokens, state, segments)
+            # A copy: leaves are views that would keep a call's activations, in strides of their own.
+            state = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), state)
         return linear_cross_entropy(hidden, self.model.head_weight, targets, NO_TARGET), state
 
 

@@ -12,7 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup as Group
+from typer.main import get_command
 
+from bmojo_edge.cli import app
 from bmojo_edge.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +60,20 @@ def help_of(*verbs: str) -> str:
     return done.stdout
 
 
+def verb_of(words: list[str]) -> list[str]:
+    """The words that name a command: one, or two where the first is a group; `train FILE` is `train run FILE`."""
+    if not words or words[0].startswith("-"):
+        return []
+    group = get_command(app).commands.get(words[0])  # type: ignore[attr-defined]
+    if not isinstance(group, Group):
+        return words[:1]
+    return words[:2] if len(words) > 1 and words[1] in group.commands else [words[0], *(["run"] if words[1:] else [])]
+
+
 @pytest.mark.parametrize("command", commands("bmojo-edge"))
 def test_verb_and_its_options_exist(command: str) -> None:
     words = shlex.split(command)[1:]
-    verb = words[:1] if words and not words[0].startswith("-") else []
+    verb = verb_of(words)
     options = [word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)]
     for option in options:
         assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_of(*verb)), option

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ def run(source: Path, vocab: int, jobs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from bmojo_edge.cli import main; main()", "data", "prepare", str(source)]
         command += ["--out", f"{folder}/out", "--train-vocab", str(vocab), "--jobs", str(jobs), "--json"]
-        began, peak = time.perf_counter(), 0
+        began, peak, before = time.perf_counter(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
@@ -47,7 +48,7 @@ def run(source: Path, vocab: int, jobs: int) -> dict[str, Any]:
         out, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"preparing {source} failed; run the command by hand: {' '.join(command[3:])}")
-        made = json.loads(out)
+        made, used = json.loads(out), resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "source": source.name,
         "bytes": source.stat().st_size,
@@ -57,6 +58,7 @@ def run(source: Path, vocab: int, jobs: int) -> dict[str, Any]:
         "documents": made["parts"]["all"]["n_documents"],
         "tokens_per_s": made["tokens_per_s"],
         "seconds_in_all": round(time.perf_counter() - began, 1),
+        "cpu_seconds_in_all": round(used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, 1),
         "peak_bytes": peak,
     }
 

@@ -3,9 +3,9 @@
 python apps/bench/session.py
 
 A small B'MOJO model with random weights reads 1,000 and 1,000,000 tokens for real, answers a few questions and is
-saved. Then each file is opened in processes of its own, in turns: the time from `open` to the first token of an answer,
-and the largest resident memory of such a process. Peaks of the process that reads are taken at 100,000 tokens and at
-the end. The ratio of medians is written beside the rows.
+saved. Then another process opens the files in turns: the median time from `open` to the first token of an answer; and
+one for each file, its largest resident memory. Peaks of the process that reads are taken at 100,000 tokens and at the
+end. The ratio of the medians is written beside the rows.
 """
 
 from __future__ import annotations
@@ -83,20 +83,23 @@ def write(model: Path, out: Path, past: int) -> dict[str, Any]:
     return {"position": session.position, "read_s": seconds, "peak_bytes_early": early, "peak_bytes": peak()}
 
 
-def reopen(model: Path, file: Path) -> dict[str, Any]:
-    """Seconds from `open` to the first token of an answer, in a process that has just loaded the model."""
+def reopen(model: Path, files: list[Path], rounds: int) -> list[dict[str, Any]]:
+    """Times from `open` to the first token of an answer, the files taking turns, and the process's largest memory."""
     lm = be.load(model)
-    for _ in be.stream(lm, "warm", max_tokens=2):  # what runs first pays for pages and threads
-        pass
-    start = time.perf_counter()
-    session = be.Session.open(file, lm)
-    opened = time.perf_counter()
-    next(session.say("what was first?", max_tokens=4))
-    first = time.perf_counter()
-    return {"open_s": opened - start, "first_token_s": first - start, "rss_bytes": peak(), "state": session.nbytes}
+    times: dict[Path, list[tuple[float, float]]] = {file: [] for file in files}
+    for n in range(rounds + 1):
+        for file in files if n % 2 else reversed(files):
+            start = time.perf_counter()
+            session = be.Session.open(file, lm)
+            opened = time.perf_counter()
+            next(session.say("what was first?", max_tokens=4))
+            times[file].append((opened - start, time.perf_counter() - start))
+            del session
+    medians = [[statistics.median(column) for column in zip(*times[file][1:], strict=True)] for file in files]
+    return [{"open_ms": 1e3 * a, "first_token_ms": 1e3 * b, "rss_bytes": peak()} for a, b in medians]
 
 
-def worker(*arguments: object) -> dict[str, Any]:
+def worker(*arguments: object) -> Any:
     done = subprocess.run([sys.executable, __file__, "--worker", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -106,13 +109,16 @@ def worker(*arguments: object) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pasts", type=int, nargs="+", default=[1000, 1_000_000])
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS / "session.json")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        _, model, file, *past = args.worker
-        print(json.dumps(write(Path(model), Path(file), int(past[0])) if past else reopen(Path(model), Path(file))))
+        kind, first, *rest = args.worker
+        if kind == "write":
+            print(json.dumps(write(Path(first), Path(rest[0]), int(rest[1]))))
+        else:
+            print(json.dumps(reopen(Path(rest[0]), [Path(name) for name in rest[1:]], int(first))))
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -123,18 +129,11 @@ def main() -> None:
             made = worker("write", folder / "model", file, past)
             rows.append({"model": "tiny", "past": past, **made, "file_bytes": file.stat().st_size})
             print(rows[-1], flush=True)
-        times: dict[int, list[dict[str, Any]]] = {past: [] for past in args.pasts}
-        for n in range(args.rounds):
-            for past in args.pasts if n % 2 else reversed(args.pasts):
-                times[past].append(worker("open", folder / "model", folder / f"{past}.bmojo"))
-        for row in rows:
-            runs = times[row["past"]]
-            row |= {
-                "state_bytes": runs[0]["state"],
-                "open_ms": 1e3 * statistics.median(run["open_s"] for run in runs),
-                "first_token_ms": 1e3 * statistics.median(run["first_token_s"] for run in runs),
-                "rss_bytes": round(statistics.median(run["rss_bytes"] for run in runs)),
-            }
+        files = [folder / f"{past}.bmojo" for past in args.pasts]
+        together = worker("open", args.rounds, folder / "model", *files)
+        for row, file, timed in zip(rows, files, together, strict=True):
+            (alone,) = worker("open", 1, folder / "model", file)
+            row |= {**timed, "rss_bytes": alone["rss_bytes"]}
             print({key: row[key] for key in ("past", "file_bytes", "open_ms", "first_token_ms", "rss_bytes")})
     ratio = rows[-1]["first_token_ms"] / rows[0]["first_token_ms"]
     print(f"first token after {rows[-1]['past']:,} over {rows[0]['past']:,}: {ratio:.3f}")

@@ -64,9 +64,9 @@ def chat(
         raise typer.BadParameter("--transcript stands beside the file of --session")
     options.check(temperature, top_p, top_k, min_p, repetition_penalty, [])
     text = read_stdin() if prompt == "-" else prompt
-    saved = session is not None and session.exists()
+    saved = session is not None and session.exists() and session.stat().st_size > 0
     lm = open_model(_model_of(session) if saved and model is None else model)
-    from bmojo_edge.cli.conversation import Conversation, answer, append_transcript, resumed, status
+    from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
     from bmojo_edge.session import Session
 
     sampling: Options = {
@@ -82,6 +82,7 @@ def chat(
     def begin() -> Session:
         return Session(lm, system)
 
+    file = SessionFile(session) if session else None
     here = Session.open(session, lm) if session and saved else begin()
     if saved:
         if system not in (None, here.system):
@@ -89,16 +90,16 @@ def chat(
                 f"--system: {session} has another system message; leave it out or begin a new file"
             )
         resumed(here)
-    elif session is not None:
-        here.save(session)  # where it cannot be written, that shows before the first question
+    elif file is not None:
+        file.save(here)  # where it cannot be written, that shows before the first question
     if text is None:
-        Conversation(begin, sampling, here, session, transcript).run()
+        Conversation(begin, sampling, here, file, transcript).run()
         return
     answer(here.say(text, **sampling))
-    if session is not None:
-        here.save(session)
+    if file is not None:
+        file.save(here)
         if transcript:
-            append_transcript(session, here)
+            append_transcript(file.path, here)
     status(here)
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "/edit [N] TEXT": "say TEXT in place of the question N exchanges ago (1)",
     "/fork [FILE]": "go on in a copy, saved in FILE if given; /back returns to this point",
     "/back": "leave the copy for the conversation it was made from",
-    "/save FILE": "save the conversation, and go on saving it there",
+    "/save FILE": "save the conversation in a new file, and go on saving it there",
     "/open FILE": "go on with a saved conversation",
     "/memory": "which old tokens the model keeps, and what the last answer was read from",
     "/reset": "begin again",
@@ -57,6 +57,27 @@ def status(session: Session, speed: float | None = None, stopped: str = "") -> N
     console.print(f"[dim]{' · '.join(parts)}[/]\n", soft_wrap=True)
 
 
+class SessionFile:
+    """The file a conversation is saved in, as this program knows it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = self._version()
+
+    def _version(self) -> tuple[int, int] | None:
+        found = self.path.stat() if self.path.exists() else None
+        return None if found is None else (found.st_ino, found.st_mtime_ns)
+
+    def save(self, session: Session) -> None:
+        """Save, unless another program has written the file since. Raises SessionError or OSError."""
+        from bmojo_edge.session import SessionError
+
+        if self._version() not in (None, self._known):
+            raise SessionError(f"{self.path} was written by another program; /save FILE keeps this one elsewhere")
+        session.save(self.path)
+        self._known = self._version()
+
+
 class Conversation:
     """A session, the file it is saved in, and those it was forked from.
 
@@ -64,11 +85,16 @@ class Conversation:
     """
 
     def __init__(
-        self, begin: Callable[[], Session], sampling: Options, session: Session, path: Path | None, transcript: bool
+        self,
+        begin: Callable[[], Session],
+        sampling: Options,
+        session: Session,
+        file: SessionFile | None,
+        transcript: bool,
     ) -> None:
         self._begin, self._sampling, self._transcript = begin, sampling, transcript
-        self._session, self._path = session, path
-        self._put_aside: list[tuple[Session, Path | None]] = []
+        self._session, self._file = session, file
+        self._put_aside: list[tuple[Session, SessionFile | None]] = []
         self._interrupted = False  # whether the last thing that happened was Ctrl-C
         self._doing: dict[str, Callable[[str], None]] = {
             "/help": self._help, "/rewind": self._rewind, "/regenerate": self._regenerate, "/edit": self._edit,
@@ -122,15 +148,15 @@ class Conversation:
             say_error(str(error))
             return
         self._save()
-        if self._transcript and self._path is not None:
-            append_transcript(self._path, self._session)
+        if self._transcript and self._file is not None:
+            append_transcript(self._file.path, self._session)
         status(self._session, speed, stopped)
 
     def _save(self) -> None:
-        if self._path is None:
+        if self._file is None:
             return
         try:
-            self._session.save(self._path)
+            self._file.save(self._session)
         except (OSError, ValueError) as error:
             say_error(f"not saved: {error}")
 
@@ -167,27 +193,33 @@ class Conversation:
         self._stream(lambda: self._session.edit(text, turns, **self._sampling))
 
     def _fork(self, rest: str) -> None:
-        path = Path(rest) if rest else None
-        fork = self._session.fork()
-        if path is not None:
-            fork.save(path)
-        self._put_aside.append((self._session, self._path))
-        self._session, self._path = fork, path
-        kept = f"saved in {escape(str(path))}" if path else "not saved; /save FILE keeps it"
+        file, fork = self._new_file(rest) if rest else None, self._session.fork()
+        if file is not None:
+            file.save(fork)
+        self._put_aside.append((self._session, self._file))
+        self._session, self._file = fork, file
+        kept = f"saved in {escape(rest)}" if rest else "not saved; /save FILE keeps it"
         console.print(f"[dim]A copy, {kept}. /back returns to the conversation as it was here.[/]")
 
     def _back(self, rest: str) -> None:
         if not self._put_aside:
             raise ValueError("leads nowhere: this conversation is no copy")
-        self._session, self._path = self._put_aside.pop()
+        self._session, self._file = self._put_aside.pop()
         status(self._session)
 
     def _save_as(self, rest: str) -> None:
         if not rest:
             raise ValueError("needs the name of a file")
-        self._session.save(rest)
-        self._path = Path(rest)
+        file = self._new_file(rest)
+        file.save(self._session)
+        self._file = file
         console.print(f"[dim]Saved in {escape(rest)}.[/]")
+
+    def _new_file(self, name: str) -> SessionFile:
+        """A file that is not there yet, so that no other conversation is written over."""
+        if Path(name).exists() and Path(name).stat().st_size:
+            raise ValueError(f"{name}: exists; choose another name, or go on with it by /open")
+        return SessionFile(Path(name))
 
     def _open(self, rest: str) -> None:
         from bmojo_edge.session import Session
@@ -195,7 +227,7 @@ class Conversation:
         if not rest:
             raise ValueError("needs the name of a file")
         self._session = Session.open(rest, self._session.lm)
-        self._path, self._put_aside = Path(rest), []
+        self._file, self._put_aside = SessionFile(Path(rest)), []
         resumed(self._session)
 
     def _memory(self, rest: str) -> None:
@@ -205,8 +237,9 @@ class Conversation:
         print_inspection(inspect(self._session), console)
 
     def _reset(self, rest: str) -> None:
-        self._session = self._begin()
-        self._save()
+        if self._file is not None:
+            console.print(f"[dim]{escape(str(self._file.path))} stays as it is; /save FILE keeps what comes now.[/]")
+        self._session, self._file = self._begin(), None
         status(self._session)
 
 

@@ -446,6 +446,27 @@ def test_a_session_file_goes_on_where_it_was(lm: FakeLM, tmp_path: Path) -> None
     assert once.stdout == Session.open(file, lm).turns[-1].answer + "\n"
 
 
+def test_another_programs_writing_is_not_overwritten(
+    lm: FakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, say = tmp_path / "a.bmojo", Session.say
+
+    def meanwhile(self: Session, text: str, **options: Any) -> Iterator[str]:
+        if text == "two":
+            twin = Session.open(file, lm)
+            list(say(twin, "elsewhere", max_tokens=1))
+            twin.save(file)
+        return say(self, text, **options)
+
+    monkeypatch.setattr(Session, "say", meanwhile)
+    lines = ["one", "two", f"/save {tmp_path / 'b.bmojo'}", "/reset", "three"]
+    result = run("chat", "--session", str(file), "--max-tokens", "2", stdin="\n".join(lines))
+    assert result.stderr.count("was written by another program") == 1
+    assert "b.bmojo stays as it is" in " ".join(result.stderr.split())
+    said = [[turn.user for turn in Session.open(tmp_path / name, lm).turns] for name in ("a.bmojo", "b.bmojo")]
+    assert said == [["one", "elsewhere"], ["one", "two"]]
+
+
 def test_a_transcript_is_appended_beside_the_session(lm: FakeLM, tmp_path: Path) -> None:
     file, beside = tmp_path / "a.bmojo", tmp_path / "a.bmojo.jsonl"
     chat = ["chat", "--session", str(file), "--transcript", "--max-tokens", "3"]
@@ -481,7 +502,8 @@ def test_commands_of_a_conversation_in_files(lm: FakeLM, tmp_path: Path) -> None
     main, copy, other = (tmp_path / name for name in ("main.bmojo", "copy.bmojo", "other.bmojo"))
     lines = [
         "one", "two", "/edit TWO", "/edit 2 ONE", "/regenerate", f"/fork {copy}", "in the copy", "/back", "/back",
-        f"/save {other}", "three", f"/open {copy}", "four", "/save", "/edit", "/rewind 99", "/open nowhere", "/fork",
+        f"/save {other}", "three", f"/open {copy}", "four", "/save", f"/save {other}", f"/fork {main}",
+        "/edit", "/rewind 99", "/open nowhere", "/fork",
         "unsaved", "/exit",
     ]  # fmt: skip
     result = run("chat", "--session", str(main), "--max-tokens", "2", stdin="\n".join(lines))
@@ -489,6 +511,7 @@ def test_commands_of_a_conversation_in_files(lm: FakeLM, tmp_path: Path) -> None
     said = {path.stem: [turn.user for turn in Session.open(path, lm).turns] for path in (main, copy, other)}
     assert said == {"main": ["ONE"], "copy": ["ONE", "in the copy", "four"], "other": ["ONE", "three"]}
     for says in (
+        "other.bmojo: exists", "main.bmojo: exists",
         "saved in", "/back leads nowhere", "/save needs the name", "/edit needs the text", "between 0 and the 3",
         "nowhere", "not saved; /save FILE keeps it", "resumed at position",
     ):  # fmt: skip

@@ -42,6 +42,13 @@ class Source(NamedTuple):
     tokens: int
 
 
+class _Waiting(NamedTuple):
+    """A block that is not on the disk yet."""
+
+    block: np.ndarray  # (layers, 2, g, block, p)
+    summary: np.ndarray  # (summaries, g, p) float16
+
+
 class Store:
     """An open store. Use it as a context manager, or `close` it.
 
@@ -68,9 +75,10 @@ class Store:
         self._segments = Segments(self.folder, segment, s.summaries, s.kv_heads, self._summaries_of)
         self._half = max(ram_bytes // 2, 2 * s.payload_bytes)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._waiting: dict[int, np.ndarray] = {}  # slot -> block that is not on the disk yet
+        self._waiting: dict[int, _Waiting] = {}  # by slot
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
+        self._open = True
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="store")
 
     @classmethod
@@ -120,7 +128,8 @@ class Store:
             (self._crcs, "payload"),
         ):  # fmt: skip
             column[: len(entries)] = np.where(live, entries[name], 0)
-        self.next_id = int(self._ids.max(initial=0)) + 1
+        logged = max((source.get("next", 1) for source in self._sources.values()), default=1)
+        self.next_id = max(int(self._ids.max(initial=0)) + 1, logged)  # no number is given twice
 
     # --- what it holds
 
@@ -161,16 +170,18 @@ class Store:
         """A new source; its branch number, from 1."""
         branch = max(self._sources, default=0) + 1
         added = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"branch": branch, "name": name, "kind": kind, "parent": parent, "at": at, "added": added}
-        self._files.log(line)
-        self._sources[branch] = line
+        self._log(branch, name=name, kind=kind, parent=parent, at=at, added=added)
         return branch
+
+    def _log(self, branch: int, **facts: Any) -> None:
+        line = {"branch": branch, **facts, "next": self.next_id}
+        self._files.log(line)
+        self._sources.setdefault(branch, {}).update(line)
 
     def complete(self, branch: int) -> None:
         """All of a source has been added and is on the disk."""
         self.flush()
-        self._files.log({"branch": branch, "complete": True})
-        self._sources[branch]["complete"] = True
+        self._log(branch, complete=True)
         self._files.sync()
 
     def tip(self, branch: int) -> int:
@@ -207,10 +218,9 @@ class Store:
             entry = np.zeros((), s.entry)
             entry["id"], entry["branch"], entry["start"] = self.next_id, branch, start + begin
             entry["tokens"], entry["ids"] = min(s.block, tokens - begin), ids[begin : begin + s.block]
-            entry["summary"] = self._files.write_summary(slot, summaries[i])
             self._ids[slot], self._branches[slot], self._starts[slot] = self.next_id, branch, start + begin
             self._tokens[slot] = entry["tokens"]
-            block = blocks[:, :, :, i]
+            block = _Waiting(blocks[:, :, :, i], summaries[i])
             with self._changed:
                 self._changed.wait_for(lambda: len(self._waiting) * s.payload_bytes * 2 <= self._half)
                 self._waiting[slot] = block
@@ -222,28 +232,31 @@ class Store:
 
     def _free_slot(self) -> int:
         """An empty slot, or that of the oldest block, which is forgotten."""
-        free = np.flatnonzero(self._ids == 0)
-        slot = int(free[0]) if len(free) else len(self._ids)
+        free = np.flatnonzero(self._ids[: self.capacity] == 0)
+        slot = int(free[0]) if len(free) else min(len(self._ids), self.capacity)
         if slot >= self.capacity:
-            slot = int(self._ids.argmin())
-            self._empty(slot)
+            slot = int(self._ids[: self.capacity].argmin())
+            self._forget(slot)
         elif slot == len(self._ids):
             for name in ("_ids", "_branches", "_starts", "_tokens", "_crcs"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         return slot
 
-    def _empty(self, slot: int) -> None:
+    def _forget(self, slot: int) -> None:
+        """Let go of a slot's block in memory; on the disk it stays until something takes its place."""
         with self._changed:
             self._changed.wait_for(lambda: slot not in self._waiting)
-        self._files.write_entry(slot, np.zeros((), self.shape.entry))
         self._ids[slot] = 0
         self._cache.pop(slot, None)
 
     def _write(self, slot: int, entry: np.ndarray) -> None:
-        """In the background: the content first, then the entry that says it is whole."""
+        """In the background: an empty entry, the content, then the entry that says it is whole."""
         try:
-            entry["payload"] = self._files.write_payload(slot, quantised(self._waiting[slot], self.shape))
+            waiting = self._waiting[slot]
+            self._files.write_entry(slot, np.zeros((), self.shape.entry))
+            entry["payload"] = self._files.write_payload(slot, quantised(waiting.block))
+            entry["summary"] = self._files.write_summary(slot, waiting.summary)
             self._crcs[slot] = entry["payload"]
             self._files.write_entry(slot, entry)
         except BaseException as error:
@@ -272,7 +285,18 @@ class Store:
         return slots[self._ids[slots] == ids]
 
     def _summaries_of(self, ids: np.ndarray) -> np.ndarray:
-        return self._files.read_summaries(self._slots_of(ids))
+        return self._summaries(self._slots_of(ids))
+
+    def _summaries(self, slots: np.ndarray) -> np.ndarray:
+        """Summaries of slots (n,), of blocks on their way to the disk too."""
+        with self._changed:
+            waiting = {int(slot): self._waiting[slot].summary for slot in set(slots.tolist()) & self._waiting.keys()}
+        out = np.empty((len(slots), self.shape.summaries, self.shape.kv_heads, self.shape.head_dim), np.float16)
+        here = np.isin(slots, list(waiting))
+        out[~here] = self._files.read_summaries(slots[~here])
+        for i in np.flatnonzero(here):
+            out[i] = waiting[int(slots[i])]
+        return out
 
     def visible(self, horizon: int, branch: int, limit: int) -> np.ndarray:
         """Slots that a conversation may see: all blocks numbered below `horizon`, and its own up to a position.
@@ -310,7 +334,7 @@ class Store:
         parts = [slots[i : i + SCAN] for i in range(0, len(slots), SCAN)]
         if not parts:
             return slots
-        scores = [block_scores(queries, self._files.read_summaries(part)) for part in parts]
+        scores = [block_scores(queries, self._summaries(part)) for part in parts]
         worth = relevance(np.concatenate(scores, axis=-1))
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 
@@ -325,9 +349,7 @@ class Store:
             return self._cache[slot]
         waiting = self._waiting.get(slot)  # quantised as it will be on the disk: when it is written changes nothing
         payload = (
-            quantised(waiting, self.shape)
-            if waiting is not None
-            else self._files.read_payload(slot, int(self._crcs[slot]))
+            quantised(waiting.block) if waiting is not None else self._files.read_payload(slot, int(self._crcs[slot]))
         )
         block = dequantised(payload, self.shape)
         self._cache[slot] = block
@@ -357,11 +379,11 @@ class Store:
         if any(s["parent"] == branch and not s.get("removed") for s in self._sources.values()):
             raise StoreError(f"{self.folder}: source {branch} is continued by others; remove those first")
         self.flush()
-        self._files.log({"branch": branch, "removed": True})
-        self._sources[branch]["removed"] = True
+        self._log(branch, removed=True)
         slots = np.flatnonzero((self._ids > 0) & (self._branches == branch))
         for slot in slots:
-            self._empty(int(slot))
+            self._forget(int(slot))
+            self._files.write_entry(int(slot), np.zeros((), self.shape.entry))
         self._segments.drop()
         return len(slots)
 
@@ -391,8 +413,7 @@ class Store:
             Files.create(folder, self.shape, self.capacity, self._files.head["model"])
             new = Files(folder)
             for _, source in sorted(self._sources.items()):
-                line = {key: value for key, value in source.items() if key != "tip"}
-                new.log(line if not source.get("removed") else {**line, "removed": True})
+                new.log({key: value for key, value in source.items() if key != "tip"})
             place = 0
             for slot in self._slots_of(self._live_ids()):
                 try:
@@ -420,13 +441,15 @@ class Store:
         self._files.sync()
 
     def close(self) -> None:
-        """Finish writing and let other processes in."""
-        try:
-            self.flush()
-        finally:
-            self._shut()
+        """Finish writing and let other processes in; a store that is closed stays so."""
+        if self._open:
+            try:
+                self.flush()
+            finally:
+                self._shut()
 
     def _shut(self) -> None:
+        self._open = False
         self._writers.shutdown(wait=True)
         self._segments.close()
         self._files.close()

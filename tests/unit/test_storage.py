@@ -1,0 +1,339 @@
+"""Storage: what goes in comes out, the budget holds, one process at a time, and nothing is lost to kill -9."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bmojo_edge.storage import Store, StoreError
+from bmojo_edge.storage_files import BLOCKS, ENTRIES, HEAD, SOURCES, Shape, dequantised, quantised
+from bmojo_edge.storage_index import block_scores, relevance
+
+SHAPE = Shape(block=4, layers=(0, 2), router=1, pool=2, kv_heads=2, head_dim=8)
+MODEL: dict[str, Any] = {
+    "config": {"window": 16, "d_model": 32}, "tokenizer": "t", "weights": "w", "folder": "/models/a",
+}  # fmt: skip
+A_BLOCK = SHAPE.payload_bytes + SHAPE.entry.itemsize + 4 * SHAPE.summary_bytes
+
+
+def kv_of(rng: np.random.Generator, blocks: int) -> np.ndarray:
+    """Keys and values of two kept layers and the router."""
+    return rng.standard_normal((3, 2, 2, 4 * blocks, 8)).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as opened:
+        yield opened
+
+
+def fill(store: Store, blocks: int, seed: int = 0) -> tuple[int, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    kv, branch = kv_of(rng, blocks), store.begin(f"text {seed}", "file")
+    store.add(branch, 0, np.arange(4 * blocks), kv)
+    return branch, kv
+
+
+# --- what goes in comes out
+
+
+def test_eight_bits_are_near() -> None:
+    block = kv_of(np.random.default_rng(1), 1)[:2].reshape(2, 2, 2, 4, 8)
+    block[0, 0, 0, 0] = 0  # a token of zeros
+    got = dequantised(quantised(block), SHAPE)
+    assert got.shape == block.shape
+    largest = np.abs(block).max(-1, keepdims=True)
+    assert (np.abs(got - block) <= largest * (0.5 / 127 + 2**-10)).all()
+
+
+def test_blocks_come_back_before_and_after_they_are_written(store: Store) -> None:
+    branch, kv = fill(store, 5)
+    slots = store.visible(store.next_id, 0, 0)
+    assert len(slots) == len(store) == 5
+    early = store.read(slots[[3, 1]])  # perhaps still on their way to the disk
+    store.flush()
+    store._cache.clear()
+    late = store.read(slots[[3, 1]])
+    np.testing.assert_array_equal(early, late)
+    want = np.concatenate([kv[:2, :, :, 12:16], kv[:2, :, :, 4:8]], axis=3)
+    assert np.abs(late - want).max() < 0.02
+    np.testing.assert_array_equal(store.positions(slots[[3]]), [[12, 13, 14, 15]])
+    assert store.token_ids(slots[[1]]) == [[4, 5, 6, 7]]
+    assert (store.branches(slots) == branch).all()
+
+
+def test_it_opens_as_it_was_closed(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        branch, _ = fill(store, 3)
+        store.complete(branch)
+        slots = store.visible(store.next_id, 0, 0)
+        want, sources = store.read(slots), store.sources
+    with Store(tmp_path / "s", MODEL) as store:
+        np.testing.assert_array_equal(store.read(store.visible(store.next_id, 0, 0)), want)
+        assert store.sources == sources
+        assert sources[0][:3] == (1, "text 0", "file") and sources[0].complete
+        assert (sources[0].blocks, sources[0].tokens) == (3, 12)
+        assert store.damaged() == []
+
+
+# --- which blocks
+
+
+def test_those_are_chosen_that_attention_weighs_most(store: Store) -> None:
+    """Against attention over the summaries, query by query and head by head."""
+    _, kv = fill(store, 20)
+    rng = np.random.default_rng(5)
+    queries = rng.standard_normal((4, 3, 8)).astype(np.float32)
+    means = kv[2, 0].reshape(2, 20, 2, 2, 8).mean(3)  # (g, n, m, p)
+    worth = np.zeros(20)
+    for head in range(4):
+        for q in queries[head]:
+            best = (means[head // 2] @ q).max(-1)
+            worth += np.exp(best) / np.exp(best).sum()
+    slots = store.visible(store.next_id, 0, 0)
+    got = store._ids[store.choose(queries, slots, 6)] - 1
+    np.testing.assert_array_equal(got, np.argsort(-worth)[:6])
+    assert len(store.choose(queries, slots[:2], 6)) == 2
+    assert len(store.choose(queries, slots[:0], 6)) == 0
+
+
+def test_what_is_not_to_be_seen_weighs_nothing() -> None:
+    scores = np.array([[[0.0, -np.inf, 1.0]]])
+    np.testing.assert_allclose(relevance(scores)[1], 0)
+    assert block_scores(np.ones((2, 1, 8), np.float32), np.ones((3, 2, 1, 8), np.float16)).shape == (2, 1, 3)
+
+
+def test_a_sealed_segment_names_nearly_what_a_scan_finds(tmp_path: Path) -> None:
+    pytest.importorskip("usearch", reason="the index of sealed segments is usearch's")
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((4, 3, 8)).astype(np.float32)
+    found = {}
+    for segment in (64, 10**6):
+        with Store.create(tmp_path / str(segment), SHAPE, MODEL, disk_bytes=10**6, segment=segment) as store:
+            fill(store, 200)
+            assert store._segments.sealed(store.next_id) == (3 if segment == 64 else 0)
+            slots = store.visible(store.next_id, 0, 0)
+            found[segment] = set(store._ids[store.choose(queries, slots, 8)].tolist())
+            again = set(store._ids[store.choose(queries, slots, 8)].tolist())
+            assert again == found[segment]
+    assert len(found[64] & found[10**6]) >= 7
+    files = sorted(path.name for path in (tmp_path / "64").glob("*.usearch"))
+    assert files == [f"index-{i}-{head}.usearch" for i in range(3) for head in range(2)]
+    with Store(tmp_path / "64", MODEL, segment=64) as store:  # mapped from the files, and built again where one is lost
+        slots = store.visible(store.next_id, 0, 0)
+        assert set(store._ids[store.choose(queries, slots, 8)].tolist()) == found[64]
+
+
+def test_a_branch_sees_its_own_past_and_nothing_of_its_siblings(store: Store) -> None:
+    old, _ = fill(store, 2)
+    horizon = store.next_id
+    rng = np.random.default_rng(2)
+    mine = store.begin("a", "session")
+    store.add(mine, 0, np.arange(12), kv_of(rng, 3))
+    fork = store.begin("a", "session", mine, 4)
+    store.add(fork, 4, np.arange(4), kv_of(rng, 1))
+
+    def seen(branch: int, limit: int) -> list[tuple[int, int]]:
+        slots = store.visible(horizon, branch, limit)
+        return sorted(zip(store.branches(slots).tolist(), store._starts[slots].tolist(), strict=True))
+
+    before = [(old, 0), (old, 4)]
+    assert seen(0, 100) == before
+    assert seen(mine, 100) == [*before, (mine, 0), (mine, 4), (mine, 8)]
+    assert seen(mine, 8) == [*before, (mine, 0), (mine, 4)]
+    assert seen(fork, 100) == [*before, (mine, 0), (fork, 4)]
+    assert store.tip(mine) == 12 and store.tip(fork) == 8
+    with pytest.raises(StoreError, match="continued by others"):
+        store.remove(mine)
+
+
+# --- budgets and upkeep
+
+
+def test_the_disk_budget_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
+    budget = 20 * A_BLOCK
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=budget) as store:
+        fill(store, 50)
+        store.flush()
+        assert len(store) == store.capacity == 20
+        assert sorted(store._ids[store._ids > 0]) == list(range(31, 51))
+        sizes = [(tmp_path / "s" / name).stat().st_size for name in (BLOCKS, ENTRIES, "summaries.bin")]
+        assert sum(sizes) <= budget
+        assert store.damaged() == []
+    with Store(tmp_path / "s", MODEL) as store:
+        assert len(store) == 20 and store.next_id == 51
+
+
+def test_the_ram_budget_holds(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**7, ram_bytes=8 * SHAPE.payload_bytes) as store:
+        fill(store, 100)
+        slots = store.visible(store.next_id, 0, 0)
+        for slot in slots:
+            store.read(np.array([slot]))
+            assert len(store._waiting) <= 3
+            assert sum(block.nbytes for block in store._cache.values()) <= 4 * SHAPE.payload_bytes
+
+
+def test_removing_and_compacting_leave_the_rest_as_it_was(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        first, _ = fill(store, 10, seed=1)
+        second, _ = fill(store, 6, seed=2)
+        slots = store.visible(store.next_id, 0, 0)
+        want = store.read(slots[store.branches(slots) == second])
+        assert store.remove(first) == 10
+        assert [source.branch for source in store.sources] == [second]
+        with pytest.raises(StoreError, match=f"no source {first}"):
+            store.remove(first)
+        before, after = store.compacted()
+        assert after < before
+    with Store(tmp_path / "s", MODEL) as store:
+        slots = store.visible(store.next_id, 0, 0)
+        np.testing.assert_array_equal(store.read(slots), want)
+        assert store._ids[slots].tolist() == list(range(11, 17))  # blocks keep their numbers
+        assert store.damaged() == []
+        assert store.begin("new", "file") == 3  # and sources theirs
+
+
+def test_damage_is_found_and_left_out(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 4)
+    with (tmp_path / "s" / BLOCKS).open("r+b") as file:
+        file.seek(2 * SHAPE.payload_bytes + 9)
+        file.write(b"\x55\xaa")
+    store = Store(tmp_path / "s", MODEL)
+    with pytest.raises(StoreError, match=r"blocks.bin: block in slot 2 is damaged.*memory verify"):
+        store.read(np.array([2]))
+    assert len(store.damaged()) == 1
+    store.compacted()
+    with Store(tmp_path / "s", MODEL) as store:
+        assert len(store) == 3 and store.damaged() == []
+
+
+def test_an_entry_that_was_not_finished_is_an_empty_slot(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 4)
+    with (tmp_path / "s" / ENTRIES).open("r+b") as file:
+        file.seek(3 * SHAPE.entry.itemsize + 5)
+        file.write(b"\x01")
+    with (tmp_path / "s" / SOURCES).open("ab") as file:
+        file.write(b'{"branch": 9, "na')
+    with Store(tmp_path / "s", MODEL) as store:
+        assert len(store) == 3 and len(store.sources) == 1
+        fill(store, 2, seed=3)
+        assert len(store) == 5 and store.damaged() == []
+
+
+# --- refusals
+
+
+def test_two_processes_do_not_share_a_store(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(StoreError, match=f"in use by another process .process {os.getpid()}.; wait"):
+        Store(store.folder, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"window": 8, "d_model": 32}}, r"config.window is 16 in the store and 8 .*/models/a"),
+        ({"weights": "x"}, r"made with a model of other weights"),
+        ({"tokenizer": "x"}, r"made with a model of other tokenizers"),
+    ],
+)
+def test_another_model_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6).close()
+    with pytest.raises(StoreError, match=message):
+        Store(tmp_path / "s", {**MODEL, **change})
+    Store(tmp_path / "s", {**MODEL, "folder": "/elsewhere"}).close()  # and the lock was let go
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such store"):
+        Store(tmp_path / "none")
+    with pytest.raises(StoreError, match=r"is not a store: store.json is missing"):
+        Store(tmp_path)
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6).close()
+    with pytest.raises(StoreError, match="exists already"):
+        Store.create(tmp_path / "s", SHAPE, MODEL)
+    with pytest.raises(StoreError, match="disk_bytes: 100 is less than 16 blocks"):
+        Store.create(tmp_path / "t", SHAPE, MODEL, disk_bytes=100)
+    (tmp_path / "s" / HEAD).write_text('{"format": "bmojo-edge store", "version": 9}')
+    with pytest.raises(StoreError, match="version: is 9, this program reads 1"):
+        Store(tmp_path / "s")
+
+
+def test_a_full_disk_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store._files, "write_payload", full)
+    fill(store, 1)
+    with pytest.raises(StoreError, match="writing failed.*No space left"):
+        store.flush()
+    store._failed = None  # the fixture closes it
+
+
+# --- kill -9
+
+KILLER = """
+import os, random, signal, sys, time
+import numpy as np
+from tests.unit.test_storage import MODEL, SHAPE, kv_of
+from bmojo_edge.storage import Store
+
+folder, trials, rng = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
+for trial in range(trials):
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        values = np.random.default_rng(trial)
+        store = Store(folder, MODEL, ram_bytes=10**5)
+        branch = store.begin("killed", "session")
+        os.write(writes, b"0 ")
+        for start in range(0, 10**9, 8):
+            store.add(branch, start, np.full(8, start), kv_of(values, 2))
+            if start % 400 == 0:
+                store.flush()
+                os.write(writes, b"%d " % store.next_id)
+    os.read(reads, 2)
+    time.sleep(rng.random() * 0.08)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(writes)
+    flushed = [int(word) for word in os.read(reads, 10**6).split()]
+    os.close(reads)
+    with Store(folder, MODEL) as store:
+        assert store.damaged() == [], (trial, store.damaged())
+        assert store.next_id >= max(flushed, default=1), (trial, store.next_id, flushed)
+        slots = store.visible(store.next_id, 0, 0)
+        for slot, ids in zip(slots, store.token_ids(slots), strict=True):
+            assert set(ids) == {store._starts[slot] // 8 * 8}, (trial, slot, ids)
+        print(trial, store.next_id, len(store), flush=True)
+"""
+
+
+def kill_while_writing(folder: Path, trials: int, seed: int) -> None:
+    """`trials` times: a process writes to the store, around its budget and on, and is killed; all is whole after it."""
+    command = [sys.executable, "-c", KILLER, str(folder), str(trials), str(seed)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == trials
+    assert int(lines[-1].split()[1]) > 40  # blocks were written, and more than the budget holds
+
+
+def test_kill_9_loses_no_store(tmp_path: Path) -> None:
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=40 * A_BLOCK).close()
+    kill_while_writing(tmp_path / "s", 15, seed=1)
+
+
+@pytest.mark.slow
+def test_kill_9_a_thousand_times(tmp_path: Path) -> None:
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=40 * A_BLOCK).close()
+    kill_while_writing(tmp_path / "s", 1000, seed=1000)

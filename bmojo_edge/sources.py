@@ -155,11 +155,12 @@ def cut(parts: Iterable[str]) -> Iterator[Piece]:
     """
     held = ""
     for part in parts:
-        held += part
-        while len(held) > PIECE:
-            end = _border(held)
-            yield Piece(held[:end], False)
-            held = held[end:]
+        for at in range(0, len(part), PIECE):  # what is held stays short, so that cutting it is cheap
+            held += part[at : at + PIECE]
+            while len(held) > PIECE:
+                end = _border(held)
+                yield Piece(held[:end], False)
+                held = held[end:]
     yield Piece(held, True)
 
 

@@ -181,8 +181,12 @@ def test_long_texts_that_a_template_may_rewrite_are_saved_whole(
         say(session, "Hello", f"hm</think>{long}", max_tokens=1000)
     session.save(tmp_path / "a.bmojo")
     again = Session.open(tmp_path / "a.bmojo", lm)
+    fed = []
     for s in (session, again):
+        lm.fed.clear()
         say(s, "more", "hm</think>x", max_tokens=20)
+        fed.append([*lm.fed])
+    assert fed[0] == fed[1]  # from the same moment on
     assert again.rolling_hash == session.rolling_hash
     assert again.messages == session.messages
 

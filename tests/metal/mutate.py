@@ -44,6 +44,11 @@ CHANGES: list[tuple[str, str]] = [
     (r" >> 16\b", " >> 15"),
     (r": -1\b", ": 0"),
     (r"_strides\[1\]", "_strides[2]"),
+    (r"!moves \?", "moves ?"),
+    (r"([^!])moves \?", r"\1!moves ?"),
+    (r"\[R \+ N \+ n\]", "[R + n]"),
+    (r" \* BITS\b", " * (BITS - 1)"),
+    (r" / GROUP\b", " / (2 * GROUP)"),
 ]
 
 # (body, mutated line) -> why it computes the same.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, data, doctor, generate, info, inspect, parity, train
+from bmojo_edge.cli import chat, convert, data, doctor, export, generate, info, inspect, parity, train
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -27,6 +27,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(parity.app, name="parity")
+app.add_typer(export.app, name="export")
 
 
 def _print_version(wanted: bool) -> None:

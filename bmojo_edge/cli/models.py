@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 
 def open_model(model: str | None) -> LM:
-    """Load a model on MLX, saying on stderr what is being done; None is the default model, made where it is missing."""
+    """Load a model on MLX, or an ONNX export on onnxruntime, saying on stderr what is being done.
+
+    None is the default model, made where it is missing.
+    """
     import bmojo_edge as be
+    from bmojo_edge import onnx_runner
 
     path = _default_model() if model is None else model
     with console.status(f"Loading {escape(str(path))}"):
+        if (Path(path) / onnx_runner.MANIFEST).is_file():
+            return onnx_runner.OnnxModel.load(path)
         return be.load(path)
 
 

@@ -21,6 +21,10 @@ _STAGES = {
     "golden": "Checking against the source",
     "vocabulary": "Learning the vocabulary",
     "tokens": "Cutting into tokens",
+    "decode": "Exporting the step of a token",
+    "prefill": "Exporting the step of a chunk",
+    "commit": "Exporting the eidetic choice",
+    "check": "Running what was exported",
 }
 
 

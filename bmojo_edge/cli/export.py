@@ -1,0 +1,71 @@
+"""`bmojo-edge export`: a model's constant-size step for other runtimes."""
+
+from __future__ import annotations
+
+import json as json_format
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bmojo_edge.cli.failures import Debug, clear_errors
+from bmojo_edge.cli.terminal import console, progress_bar, size
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Export a model's step, with state in and out, for other runtimes.",
+)
+
+
+class Weights(StrEnum):
+    """How an export may hold its matrices."""
+
+    float32 = "float32"
+    int8 = "int8"
+    int4 = "int4"
+
+
+@app.callback()
+def _export() -> None:
+    pass
+
+
+@app.command("onnx")
+@clear_errors
+def onnx(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    weights: Annotated[
+        Weights, typer.Option(help="int8 and int4: matrices in blocks of 32 with a scale each, the embedding as int8.")
+    ] = Weights.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Export to ONNX: graphs for one token, for a chunk and for the eidetic choice, a manifest and the tokenizer.
+
+    The graphs are run and compared with the model before the folder appears. Layers whose cache grows are refused.
+
+    [bold]Examples[/]
+
+    bmojo-edge export onnx smollm2-w1024 --out smollm2-onnx
+
+    bmojo-edge export onnx smollm2-w1024 --out smollm2-int8 --weights int8
+
+    bmojo-edge generate --model smollm2-int8 --chat --prompt "What is the capital of France?"
+    """
+    from bmojo_convert.to_onnx import to_onnx
+
+    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
+    quantize = None if weights is Weights.float32 else weights.value
+    with progress_bar() as progress:
+        to_onnx(model, out, quantize=quantize, overwrite=overwrite, progress=progress)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    if json:
+        print(json_format.dumps({"path": str(out), "files": files}))
+        return
+    for name, count in files.items():
+        console.print(f"  {name:24} {size(count)}")

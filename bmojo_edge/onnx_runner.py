@@ -1,0 +1,261 @@
+"""Runs an ONNX export: the constant-size state through onnxruntime, on any execution provider it has.
+
+`OnnxModel` has the face of `engine.LM`, so `be.stream` and `be.generate` take it. A state is a value that lives on the
+provider's device: a step is bound to the buffers it reads and to spare ones it writes, and a buffer is spare again when
+the last state that holds it is gone, so that two sets take turns. Needs onnxruntime, NumPy and a tokenizer, neither
+PyTorch nor MLX. The folder's format: docs/export.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from bmojo_edge import tokenizer
+from bmojo_edge.config import Config, ConfigError
+from bmojo_edge.tensors import CheckpointError, read_json
+from bmojo_edge.tokenizer import Tokenizer
+
+FORMAT, VERSION = "bmojo-edge onnx", 1
+MANIFEST, SELF_TEST = "manifest.json", "self_test.safetensors"
+
+
+class Leaf:
+    """An array of a state where the provider keeps it."""
+
+    __slots__ = ("__weakref__", "nbytes", "value")
+
+    def __init__(self, value: Any, nbytes: int) -> None:
+        self.value, self.nbytes = value, nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.value.numpy(), dtype)
+
+
+class State(NamedTuple):
+    """The leaves in the manifest's order, (b, ...) float32, and every row's position (b,) int64."""
+
+    leaves: tuple[Leaf, ...]
+    position: np.ndarray
+
+
+class _Buffers:
+    """Device buffers by leaf and batch. One that no state holds any more is given out again."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._spare: dict[tuple[int, ...], list[Any]] = {}
+
+    def leaf(self, shape: tuple[int, ...], content: np.ndarray | None = None) -> Leaf:
+        """A leaf to be written, or one that holds `content`."""
+        import onnxruntime as ort
+
+        if content is not None:
+            value = ort.OrtValue.ortvalue_from_numpy(np.array(content, np.float32), self.device, 0)
+        elif self._spare.get(shape):
+            value = self._spare[shape].pop()
+        else:
+            value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, self.device, 0)
+        leaf = Leaf(value, 4 * math.prod(shape))
+        weakref.finalize(leaf, self._spare.setdefault(shape, []).append, value)
+        return leaf
+
+
+class SelfTest(NamedTuple):
+    """How an export did on the tokens recorded with it."""
+
+    error: float  # RMS of the difference over RMS of the recorded logits
+    agree: float  # share of positions with the same likeliest token
+
+
+class OnnxModel:
+    """An exported model. Logits and states are NumPy arrays; a call leaves the state it was given as it was."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], config: Config, sessions: Mapping[str, Any]) -> None:
+        self.folder, self.manifest, self.config = folder, manifest, config
+        self.tokenizer: Tokenizer | None = None
+        self._sessions = dict(sessions)
+        self._graphs = manifest["graphs"]
+        self._base, self._period = manifest["position"]["base"], manifest["position"]["period"]
+        self._spec = {x["name"]: (tuple(x["shape"]), x["fill"]) for x in manifest["state"]}
+        self._index = {name: i for i, name in enumerate(self._spec)}
+        self._buffers = _Buffers(_device(next(iter(sessions.values()))))
+        turns = manifest["turns"]
+        self._turns = None if turns is None else np.array([int(turn) for turn in turns], np.uint64)
+
+    @classmethod
+    def load(cls, path: str | Path, providers: Sequence[str] | None = None, threads: int = 0) -> Self:
+        """Open an export folder.
+
+        providers: execution providers of onnxruntime, best first, None = those it prefers here; threads: of one
+        operation, 0 = as many as there are cores. Raises CheckpointError naming the file and what is wrong with it.
+        """
+        folder = Path(path)
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise CheckpointError("onnxruntime is not installed: pip install 'bmojo-edge[onnx]'")
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(f"{folder / MANIFEST}: file is missing, so this is no ONNX export")
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
+            raise CheckpointError(f"{folder / MANIFEST}: is {found}, this program reads {FORMAT!r} version {VERSION}")
+        try:
+            config = Config.from_json(manifest["config"])
+            model = cls(folder, manifest, config, _open(folder, manifest["graphs"], providers, threads))
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+        if any((folder / name).is_file() for name in tokenizer.FILES):
+            model.tokenizer = Tokenizer.load(folder)
+        return model
+
+    # --- the face of engine.LM ----------------------------------------------------------------------------------------
+
+    def init_state(self, batch: int = 1, offset: int = 0) -> State:
+        """A fresh state. Rotation counts from 0 in an export: only differences of positions matter."""
+        if offset:
+            raise ValueError("offset: an exported model has none; positions begin at 0")
+        shapes = [((batch, *shape), fill) for shape, fill in self._spec.values()]
+        filled = (self._buffers.leaf(shape, np.full(shape, fill, np.float32)) for shape, fill in shapes)
+        return State(tuple(filled), np.zeros(batch, np.int64))
+
+    def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[np.ndarray, State]:
+        """Logits (b, v) of each row's last real token of tokens (b, t), right-padded to lengths (b,), and the state.
+
+        Whole chunks where all rows stand at the beginning of one, single tokens elsewhere.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        b, t = tokens.shape
+        lengths = np.full(b, t) if lengths is None else np.asarray(lengths, np.int64)
+        if lengths.shape != (b,) or (lengths < 0).any() or (lengths > t).any():
+            raise ValueError(f"lengths: must be {b} numbers from 0 to {t}, got {lengths.tolist()}")
+        last, chunk, at = np.zeros((b, self.config.vocab_size), np.float32), self.config.chunk_size, 0
+        while at < t:
+            whole = at + chunk <= lengths.min() and not (state.position % chunk).any()
+            size = chunk if whole else 1
+            active = lengths > at
+            if not active.any():
+                break
+            logits, state = self._move(tokens[:, at : at + size], state, None if active.all() else active)
+            last = np.where(active[:, None], logits, last)
+            at += size
+        return last, state
+
+    def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[np.ndarray, State]:
+        """Logits (b, v) after one token (b,) of each row, and the state; rows not `active` keep theirs, logits 0."""
+        return self._move(
+            np.asarray(token, np.int32)[:, None], state, None if active is None else np.asarray(active, bool)
+        )
+
+    def choices(self, state: State) -> dict[int, np.ndarray]:
+        """What a commit now would keep in each bmojo layer: (b, e) candidates, slots then window, -1 = empty."""
+        return self._commit(state)[1]
+
+    # --- graphs -------------------------------------------------------------------------------------------------------
+
+    def _move(self, tokens: np.ndarray, state: State, active: np.ndarray | None) -> tuple[np.ndarray, State]:
+        """Logits and state after tokens (b, 1) or (b, chunk) of the `active` rows."""
+        old, size = state, tokens.shape[1]
+        if not (state.position % self.config.chunk_size).all():
+            state = self._commit(state)[0]
+        given = {"tokens": tokens, **self._place(state.position, size)}
+        found, state = self._run("decode" if size == 1 else "prefill", given, state)
+        logits = found["logits"]
+        if active is None:
+            return logits, State(state.leaves, old.position + size)
+        pairs = zip(state.leaves, old.leaves, strict=True)
+        kept = tuple(self._chosen(active, new, before) for new, before in pairs)
+        return np.where(active[:, None], logits, 0), State(kept, old.position + size * active)
+
+    def _chosen(self, active: np.ndarray, new: Leaf, old: Leaf) -> Leaf:
+        """A leaf with the rows of `new` where active and of `old` elsewhere."""
+        a, b = np.asarray(new), np.asarray(old)
+        return self._buffers.leaf(a.shape, np.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b))
+
+    def _commit(self, state: State) -> tuple[State, dict[int, np.ndarray]]:
+        if "commit" not in self._graphs:
+            return state, {}
+        found, state = self._run("commit", self._place(state.position, 1), state)
+        return state, {int(name.removeprefix("choice.")): x for name, x in found.items()}
+
+    def _place(self, position: np.ndarray, size: int) -> dict[str, np.ndarray]:
+        """Position as the graphs take it, and the angles of `size` tokens from it."""
+        wrapped = np.where(position < self._base, position, self._base + (position - self._base) % self._period)
+        given = {"position": wrapped.astype(np.int32)}
+        if self._turns is not None:
+            phase = (position[:, None] + np.arange(size)).astype(np.uint64)[..., None] * self._turns
+            turn = phase.view(np.int64) * (2 * np.pi / 2.0**64)
+            given |= {"cos": np.cos(turn).astype(np.float32), "sin": np.sin(turn).astype(np.float32)}
+        return given
+
+    def _run(self, graph: str, given: Mapping[str, np.ndarray], state: State) -> tuple[dict[str, np.ndarray], State]:
+        """What a graph says besides the state, and the state with the leaves it writes replaced."""
+        session, batch = self._sessions[graph], len(state.position)
+        binding, leaves, said = session.io_binding(), list(state.leaves), []
+        for name in self._graphs[graph]["inputs"]:
+            if name in given:
+                binding.bind_cpu_input(name, given[name])
+            else:
+                binding.bind_ortvalue_input(name, state.leaves[self._index[name]].value)
+        for output in self._graphs[graph]["outputs"]:
+            name = output.removeprefix("new.")
+            if name == output:
+                binding.bind_output(output)
+                said.append(output)
+            else:
+                leaf = self._buffers.leaf((batch, *self._spec[name][0]))
+                binding.bind_ortvalue_output(output, leaf.value)
+                leaves[self._index[name]] = leaf
+        session.run_with_iobinding(binding)
+        outputs = dict(zip(self._graphs[graph]["outputs"], binding.get_outputs(), strict=True))
+        return {name: outputs[name].numpy() for name in said}, State(tuple(leaves), state.position)
+
+
+def _device(session: Any) -> str:
+    """Where the first provider keeps its arrays, as onnxruntime names it."""
+    return {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}.get(session.get_providers()[0], "cpu")
+
+
+def _open(folder: Path, graphs: Mapping[str, Any], providers: Sequence[str] | None, threads: int) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    known = ort.get_available_providers()
+    for name in providers or ():
+        if name not in known:
+            raise CheckpointError(f"provider {name!r}: this onnxruntime has {', '.join(known)}")
+    sessions = {}
+    for name, graph in graphs.items():
+        path = folder / graph["file"]
+        if not path.is_file():
+            raise CheckpointError(f"{path}: file is missing")
+        try:
+            sessions[name] = ort.InferenceSession(str(path), options, providers=list(providers or known))
+        except Exception as error:  # onnxruntime raises classes of its own
+            raise CheckpointError(f"{path}: onnxruntime cannot open it ({str(error)[:300]})") from None
+    return sessions
+
+
+def self_test(model: OnnxModel) -> SelfTest:
+    """Run the recorded tokens, in chunks and one by one, and compare with the recorded logits."""
+    path = model.folder / SELF_TEST
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file is missing")
+    found = load_file(path)
+    tokens, wanted = found["tokens"][None], found["logits"].astype(np.float64)
+    state, got = model.init_state(), []
+    at = 0
+    for position in found["positions"]:
+        logits, state = model.prefill(tokens[:, at : position + 1], state)
+        got.append(logits[0].astype(np.float64))
+        at = position + 1
+    difference = np.stack(got) - wanted
+    error = float(np.sqrt(np.mean(difference**2) / np.mean(wanted**2)))
+    return SelfTest(error, float((np.stack(got).argmax(-1) == wanted.argmax(-1)).mean()))

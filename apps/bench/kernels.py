@@ -35,6 +35,29 @@ NAMES = (
 PARTS = {"memory_attention": 5, "selective_scan": 2, "layer": 3, "linear_cross_entropy": 2}  # processes that compile
 
 
+def times(run: Any, device: str, timed: bool) -> dict[str, Any]:
+    """Milliseconds forward, and forward and backward where there is something to differentiate, and the error."""
+    import timing
+    import torch
+
+    @torch.no_grad()
+    def forward() -> Any:
+        return run.call()
+
+    out = forward()
+    grad = torch.randn_like(out, dtype=torch.float32).to(out.dtype) if run.inputs else None
+
+    def both() -> Any:
+        return torch.autograd.grad(run.call(), run.inputs, grad)
+
+    if not timed:  # compiled is enough
+        both() if run.inputs else forward()
+        return {}
+    error = None if run.error is None else run.error()
+    fwd, fwdbwd = timing.median_ms(forward, device), timing.median_ms(both, device) if run.inputs else None
+    return {"fwd_ms": fwd, "fwdbwd_ms": fwdbwd, "error": error}
+
+
 def measured(kernel: str, device: str, tiny: bool, share: tuple[int, int] | None) -> list[dict[str, Any]]:
     """Rows of a section; with a share (k, n) only every n-th run from the k-th on, called once and not timed."""
     import timing
@@ -48,28 +71,10 @@ def measured(kernel: str, device: str, tiny: bool, share: tuple[int, int] | None
             row = {"kernel": kernel, **case, "dtype": "bfloat16", "engine": engine}
             if isinstance(make, Recorded):
                 rows.append({**row, **make._asdict(), "recorded": True})
-                continue
-            if share is not None and seen % share[1] != share[0]:
-                continue
-            with timing.fail_soft(rows, **row):
-                torch.manual_seed(0)
-                run = make()
-
-                def forward(run: Any = run) -> Any:
-                    with torch.no_grad():
-                        return run.call()
-
-                def both(run: Any = run, grad: Any = torch.randn_like(forward().float())) -> Any:  # noqa: B008
-                    out = run.call()
-                    return torch.autograd.grad(out, run.inputs, grad.to(out.dtype))
-
-                if share is not None:
-                    both() if run.inputs else forward()
-                    continue
-                row |= {"fwd_ms": None, "fwdbwd_ms": None, "error": None if run.error is None else run.error()}
-                row["fwd_ms"] = timing.median_ms(forward, device)
-                row["fwdbwd_ms"] = timing.median_ms(both, device) if run.inputs else None
-                rows.append(row)
+            elif share is None or seen % share[1] == share[0]:
+                with timing.fail_soft(rows, **row):
+                    torch.manual_seed(0)
+                    rows.append({**row, **times(make(), device, share is None)})
     return rows
 
 

@@ -5,6 +5,7 @@ Cases are those the kernels were designed for: bfloat16, 32,768 tokens where the
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,6 +71,13 @@ def eidetic_rows(b: int, l: int, w: int, e: int, device: str) -> Tensor | None:
     return torch.where(before > 0, rows, -1).int() if e else None
 
 
+def few_heads(tensors: list[Tensor], n: int, group: int) -> dict[str, Any]:
+    """Arguments of one group of heads' first n tokens in float64, zeros where fading keys have fewer."""
+    names = ("q", "k", "v", "k_fading", "v_fading")
+    parts = [x[:1, :n, : group if i == 0 else 1].detach().double() for i, x in enumerate(tensors)]
+    return {k: F.pad(x, (0, 0, 0, 0, 0, n - x.shape[1])) for k, x in zip(names, parts, strict=True)}
+
+
 def attention(device: str, tiny: bool) -> Iterator[Case]:
     """The fused kernel, flex_attention, two FlashAttention-2 calls, its sliding window alone, full attention."""
     for b, l, h, g, d, w, e in TINY_ATTENTION if tiny else ATTENTION:
@@ -86,20 +94,22 @@ def attention(device: str, tiny: bool) -> Iterator[Case]:
         }
 
         def fused(b: int = b, l: int = l, h: int = h, g: int = g, d: int = d, w: int = w, e: int = e) -> Run:
-            q, others = draw(b, l, h, d, device=device), [draw(b, l, g, d, device=device) for _ in range(4)]
+            q, k, v, kf, vf = (draw(b, l, n, d, device=device) for n in (h, g, g, g, g))
             index = eidetic_rows(b, l, w, e, device)
             sizes: dict[str, Any] = {"window": w, "n_fading": w, "chunk": CHUNK}
             n = min(l, 2 * w + 8 * CHUNK)
 
-            def error() -> float:
-                with torch.no_grad():
-                    got = bmojo_cuda.memory_attention(q, *others, index, **sizes)[:1, :n, : h // g]
-                    few = q[:1, :n, : h // g].double(), *(x[:1, :n, :1].double() for x in others)
-                    rows = None if index is None else index[:1, : n // CHUNK]
-                    return rms_ratio(got, bmojo_cuda.memory_attention_reference(*few, rows, **sizes))
+            def call() -> Tensor:
+                return bmojo_cuda.memory_attention(q, k, v, kf, vf, index, **sizes)
 
-            call = lambda: bmojo_cuda.memory_attention(q, *others, index, **sizes)  # noqa: E731
-            return Run(call, (q, *others), error)
+            def error() -> float:
+                few = few_heads([q, k, v, kf, vf], n, h // g)
+                rows = None if index is None else index[:1, : n // CHUNK]
+                with torch.no_grad():
+                    got = call()[:1, :n, : h // g]
+                    return rms_ratio(got, bmojo_cuda.memory_attention_reference(**few, eidetic_index=rows, **sizes))
+
+            return Run(call, (q, k, v, kf, vf), error)
 
         def flex(b: int = b, l: int = l, h: int = h, g: int = g, d: int = d, w: int = w, e: int = e) -> Run:
             # Sets of chunks of w tokens, which suit flex_attention best: with 64 it has 16 times the keys to read.
@@ -113,10 +123,9 @@ def attention(device: str, tiny: bool) -> Iterator[Case]:
             attend, n = peers.two_calls(w, fused), min(l, 2 * w + 8 * CHUNK)
 
             def error() -> float:
-                few = [x[:1, :n, :s].double() for x, s in ((q, h // g), (k, 1), (v, 1))]
-                few += [F.pad(x[:1, :n, :1].double(), (0, 0, 0, 0, 0, max(0, n - x.shape[1]))) for x in (kf, vf)]
+                few = few_heads([q, k, v, kf, vf], n, h // g)
                 with torch.no_grad():
-                    ref = bmojo_cuda.memory_attention_reference(*few, window=w, n_fading=w)
+                    ref = bmojo_cuda.memory_attention_reference(**few, window=w, n_fading=w)
                     return rms_ratio(attend(q, k, v, kf, vf)[:1, :n, : h // g], ref)
 
             return Run(lambda: attend(q, k, v, kf, vf), (q, k, v, kf, vf), error)
@@ -163,7 +172,7 @@ def scan(device: str, tiny: bool) -> Iterator[Case]:
             inputs = (x, dt, A, B, C, D, z, bias)
 
             def error() -> float:
-                few = [t[:1, :256].double() if t.ndim == 3 else t.double() for t in inputs]
+                few: list[Any] = [t[:1, :256].double() if t.ndim == 3 else t.double() for t in inputs]
                 with torch.no_grad():
                     got = bmojo_cuda.selective_scan(*inputs)[0][:1, :256]
                     return rms_ratio(got, bmojo_cuda.selective_scan_reference(*few)[0])
@@ -221,17 +230,17 @@ def cross_entropy(device: str, tiny: bool) -> Iterator[Case]:
         return F.cross_entropy((h @ w.t()).float(), targets, reduction="sum")
 
     def liger() -> Run:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+        found = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        fused = found.LigerFusedLinearCrossEntropyFunction
 
         def call(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-            found: Any = Fused.apply(h, w, targets, None, None, -100, 0.0, 0.0, "sum")
-            return found[0] if isinstance(found, tuple) else found
+            out: Any = fused.apply(h, w, targets, None, None, -100, 0.0, 0.0, "sum")
+            return out[0] if isinstance(out, tuple) else out
 
         return checked(call, problem())
 
     def cut() -> Run:
-        from cut_cross_entropy import linear_cross_entropy as cce
-
+        cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
         return checked(lambda h, w, t: cce(h, w, t, reduction="sum"), problem())
 
     yield (
@@ -251,8 +260,7 @@ def fla(device: str, tiny: bool) -> Iterator[Case]:
     b, l, h, p = (1, 64, 2, 32) if tiny else (8, 4096, 32, 64)
 
     def simple_gla() -> Run:
-        from fla.ops.simple_gla import chunk_simple_gla
-
+        chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
         q, k, v = (draw(b, l, h, p, device=device) for _ in range(3))
         gate = F.logsigmoid(torch.randn(b, l, h, device=device) + 4).requires_grad_()
         return Run(lambda: chunk_simple_gla(q, k, v, g=gate)[0], (q, k, v, gate))

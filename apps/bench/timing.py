@@ -41,11 +41,12 @@ def median_ms(call: Callable[[], Any], device: str, budget_ms: float = 250, most
 
 @contextmanager
 def fail_soft(rows: list[dict[str, Any]], **row: Any) -> Iterator[None]:
-    """Turns an exception inside into a row that names it, and prints where it was raised."""
+    """Turns an exception inside into a row that names it, and prints where it was raised; leaves caches empty."""
     try:
         yield
     except Exception as error:
         traceback.print_exc()
         rows.append({**row, "failed": f"{type(error).__name__}: {error}".split("\n")[0][:200]})
     if torch.cuda.is_available():
+        torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -229,8 +229,7 @@ def gated_scan(
     steps = F.softplus(dt.to(kind) + dt_bias.to(kind))
     steps = steps if real is None else torch.where(real[..., None], steps, 0)
     first = x.new_zeros(x.shape[0], *A.shape, dtype=kind) if state is None else state
-    parts = (y.to(kind) for y in (A, B, C, D))
-    y, last = selective_scan(x.to(kind), steps, *parts, first, reset)
+    y, last = selective_scan(x.to(kind), steps, A, B.to(kind), C.to(kind), D, first, reset)
     return (y * F.silu(z.to(kind))).to(x.dtype), last
 
 
@@ -505,7 +504,7 @@ def _fused_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scal
     if carried:
         own = torch.zeros_like(at.position) if segments is None else segments
         segments = torch.cat([torch.where(longest.position[:, :carried] < 0, -1, 0), own], dim=1)
-    options: dict[str, Tensor | None] = {}
+    options: dict[str, Any] = {}
     if older is not None:
         options = {"k_fading": keys(older.k), "v_fading": keys(older.v)}
         options["q_fading"] = None if older.q is recent.q else older.q.transpose(1, 2)

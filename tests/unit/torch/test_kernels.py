@@ -37,8 +37,8 @@ def config_of(name: str, **more: Any) -> Config:
     return Config.preset("tiny", **fields)
 
 
-def run(model: Model, tokens: Any, labels: Any) -> list[Any]:
-    """Everything a call gives: training's activations and gradients, logits, memories and states, then a carried call."""
+def run(model: Model, tokens: Any, labels: Any) -> tuple[list[Any], list[Any]]:
+    """What calls give, and their sets: training's activations and gradients, logits, states, then a carried call."""
     model.zero_grad()
     out = model.activations(tokens, labels)
     (out.float() * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()

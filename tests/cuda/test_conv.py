@@ -49,7 +49,7 @@ def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_kernels_interpreted() -> None:
-    run_interpreted("scan_interpreted.py", "conv or padding")
+    run_interpreted("scan_interpreted.py", "test_conv or padding")
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -75,7 +75,7 @@ def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_kernels_interpreted() -> None:
-    run_interpreted("scan_interpreted.py", "scan or many_states or contract or autograd")
+    run_interpreted("scan_interpreted.py", "test_scan or many_states or contract or autograd")
 
 
 TYPES = {

@@ -65,7 +65,7 @@ class Case(NamedTuple):
             index = torch.full((self.b, chunks, self.e), -1, dtype=torch.int32)
             for b in range(self.b):
                 for c in range(chunks):
-                    last = self.past + (c + 1) * self.chunk - self.window
+                    last = min(self.past + (c + 1) * self.chunk - self.window, lk)
                     own = torch.zeros(lk, dtype=torch.int64) if segments is None else segments[b]
                     document = own == own[self.past + c * self.chunk]  # no row is in a list and a sink
                     first = int(document.int().argmax()) + self.sinks

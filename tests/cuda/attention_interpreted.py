@@ -10,10 +10,10 @@ from tests.cuda import interpreter  # isort: skip  (first: it patches Triton bef
 import pytest
 import torch
 
-from bmojo_cuda import innovation_reference, select_eidetic_reference
+from bmojo_cuda import attention, attention_launch, innovation_reference, select_eidetic_reference
 from bmojo_cuda.attention_launch import Plan, Tiles
 from bmojo_cuda.selection import innovation_forward, select_forward
-from tests.cuda.attention_cases import Case, assert_equals_float64
+from tests.cuda.attention_cases import FLOATS, Case, assert_equals_float64
 from tests.cuda.selection_cases import SCORES, segments_of
 
 assert interpreter
@@ -43,8 +43,7 @@ def test_choice(name: str) -> None:
     assert torch.equal(got, select_eidetic_reference(scores, segment_ids=segments, **options))
 
 
-@pytest.mark.parametrize("error", ["relative", "l2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("error", "dtype"), [("relative", torch.float32), ("l2", torch.bfloat16)])
 def test_innovation(error: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     signal, history = torch.randn(2, 9, 5).to(dtype), torch.randn(2, 3, 5)
@@ -53,3 +52,15 @@ def test_innovation(error: str, dtype: torch.dtype) -> None:
     got = innovation_forward(signal, weights, history, error, segments_of(segments)[0])
     want = innovation_reference(signal.double(), weights, history.double(), error, segments)
     torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_an_op_torch_knows() -> None:
+    """Schema, shapes without data, autograd and tracing, by torch's own test, the interpreted kernels beneath."""
+    case = Case(b=1, l=3, h=2, g=1, n_fading=2, e=1, past=35, pinned=True)
+    floats, rest = case.floats("cpu"), case.rest("cpu")
+    attention._attend.register_kernel("cpu")(attention_launch.forward)
+    attention._attend_backward.register_kernel("cpu")(attention._attend_backward._init_fn)
+    shape = (case.window, case.n_fading, case.chunk, case.sinks, case.scale)
+    given = tuple(t if t is None else t.requires_grad_() for t in (floats[n] for n in FLOATS))
+    arguments = attention.prepared(given, rest["eidetic_index"], None, None, shape)
+    torch.library.opcheck(torch.ops.bmojo.memory_attention.default, arguments)

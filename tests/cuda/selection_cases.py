@@ -48,8 +48,8 @@ def cases() -> dict[str, tuple[Tensor, Tensor | None, dict[str, Any]]]:
     torch.manual_seed(0)
     sizes = {"window": 8, "chunk": 4, "n_eidetic": 3, "n_sinks": 0}
     return {
-        "random": (torch.rand(2, 61), None, sizes),
-        "ties": (torch.randint(0, 3, (2, 70)).float(), None, {**sizes, "n_eidetic": 5, "n_sinks": 2}),
+        "random": (torch.rand(2, 37), None, sizes),
+        "ties": (torch.randint(0, 3, (2, 45)).float(), None, {**sizes, "n_eidetic": 5, "n_sinks": 2}),
         "all equal": (torch.ones(1, 50), None, sizes),
         "chunk of the window, falling": (torch.arange(40.0, 0, -1)[None], None, {**sizes, "chunk": 8}),
         "chunk of one, rising": (torch.arange(30.0)[None], None, {**sizes, "chunk": 1}),

@@ -1,7 +1,7 @@
-"""Writes the measured tables of README.md from the result files, between markers, so that no number is typed.
+"""Writes the measured tables of the READMEs from the result files, between markers, so that no number is typed.
 
-python apps/readme_tables.py            # rewrite README.md
-python apps/readme_tables.py --check    # exit 1 where README.md is not what the files say
+python apps/readme_tables.py            # rewrite README.md and cuda_kernels/README.md
+python apps/readme_tables.py --check    # exit 1 where one is not what the files say
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
+KERNELS = ROOT / "apps/bench/results/kernels.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
 
 
@@ -66,18 +67,72 @@ def perplexity() -> str:
     return f"{_rows(header, body)}\n\n" + "; ".join(notes) + "."
 
 
+def _ms(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.2f}" if row.get(name) is not None else ""
+
+
+def kernels() -> str:
+    """Every kernel and peer that was timed, and how its time compares with ours on the same case."""
+    found = _read(KERNELS)
+    rows = [row for row in found["rows"] if row["kernel"] not in ("layer", "device")]
+    if not rows:
+        return "The kernels by themselves and their peers have not been recorded with this program yet."
+    ours = {(r["kernel"], r["case"]): r for r in rows if r["engine"].startswith("bmojo")}
+    body = []
+    for row in rows:
+        own, cells = ours.get((row["kernel"], row["case"]), {}), []
+        for name in ("fwd_ms", "fwdbwd_ms"):
+            known = row.get(name) and own.get(name) and row is not own
+            cells += [_ms(row, name), f"{own[name] / row[name]:.2f}x" if known else ""]
+        error = f"{row['error']:.0e}" if row.get("error") is not None else ""
+        body.append([row["kernel"], row["case"], row["engine"], *cells, error or row.get("failed", "")])
+    header = ["kernel", "case", "engine", "forward", "ours", "and backward", "ours", "error against float64"]
+    return f"{_rows(header, body)}\n\n{_where(found)}"
+
+
+def layers() -> str:
+    """Whole layers, and where a step's time goes."""
+    found = _read(KERNELS)
+    rows = [row for row in found["rows"] if row["kernel"] == "layer" and "failed" not in row]
+    parts = ["matrix products", "attention", "scan", "convolution", "selection", "elementwise"]
+    body = []
+    for row in rows:
+        split = row.get("split_ms", {})
+        known = {**split, "elementwise": split.get("elementwise", 0) + split.get("rest", 0)} if split else {}
+        cells = [f"{known[part]:.2f}" if part in known else "" for part in parts]
+        name = [row["engine"], f"{row['params'] / 1e6:.1f} M"]
+        body.append([*name, _ms(row, "fwd_ms"), _ms(row, "fwdbwd_ms"), *cells, f"{row['peak_bytes'] / 2**30:.1f} GiB"])
+    header = ["layer", "parameters", "forward", "and backward", *parts, "memory"]
+    return f"{_rows(header, body)}\n\n{_where(found)}"
+
+
+def _where(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "python")
+    return f"{found['gpu']}; {versions}; commit {found['commit']}."
+
+
+TABLES = {
+    "README.md": {"decode": decode, "perplexity": perplexity},
+    "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    old = new = path.read_text(encoding="utf-8")
-    for name, table in (("decode", decode), ("perplexity", perplexity)):
-        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        new = re.sub(f"{begin}.*?{end}", lambda _, t=table, b=begin, e=end: f"{b}\n{t()}\n{e}", new, flags=re.DOTALL)
-    if args.check:
-        sys.exit(0 if new == old else "README.md: its tables are not those of the result files; run this script")
-    path.write_text(new, encoding="utf-8")
+    for file, tables in TABLES.items():
+        path = ROOT / file
+        old = new = path.read_text(encoding="utf-8")
+        for name, table in tables.items():
+            begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+            assert begin in old, f"{file}: has no place for the table {name}"
+            new = re.sub(
+                f"{begin}.*?{end}", lambda _, t=table, b=begin, e=end: f"{b}\n{t()}\n{e}", new, flags=re.DOTALL
+            )
+        if args.check and new != old:
+            sys.exit(f"{file}: its tables are not those of the result files; run this script")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

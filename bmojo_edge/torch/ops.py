@@ -131,7 +131,7 @@ def silu_conv(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, lookback: Tensor | None = None
 ) -> Tensor:
     """SiLU of `causal_conv`, in x's dtype."""
-    if on_gpu(x) and 1 < weight.shape[1] <= MAX_TAPS and (past is None or lookback is None):
+    if on_gpu(x) and 1 < weight.shape[1] <= MAX_TAPS:
         return bmojo_cuda.causal_conv(x, weight, bias, past, _segments(lookback))[0]
     return F.silu(causal_conv(x, past, weight, bias, lookback)).to(x.dtype)
 

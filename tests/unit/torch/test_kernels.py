@@ -46,7 +46,8 @@ def run(model: Model, tokens: Any, labels: Any) -> tuple[list[Any], list[Any]]:
         logits, state, memory = model.forward_with_memory(
             tokens[:, :96], None, None if labels is None else labels[:, :96]
         )
-        more, after, later = model.forward_with_memory(tokens[:, 96:], state, lengths=[34, 11])
+        rest = {"lengths": [34, 11]} if labels is None else {"segment_ids": labels[:, 96:]}
+        more, after, later = model.forward_with_memory(tokens[:, 96:], state, **rest)
     found = [out, *(p.grad for p in model.parameters()), logits, memory.scores, more, later.scores]
     return [*found, *(x for _, x in leaves((state, after)))], [memory.eidetic_index, later.eidetic_index]
 

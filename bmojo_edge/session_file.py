@@ -160,23 +160,27 @@ def opened(path: Path, lm: LM) -> tuple[dict[str, Any], list[Moment]]:
     """
     content, tensors = read(path)
     _check_model(path, content["model"], lm)
-    return content, [_moment(path, lm, i, entry, tensors) for i, entry in enumerate(content["moments"])]
+    fresh = lm.init_state()
+    return content, [_moment(path, lm, fresh, i, entry, tensors) for i, entry in enumerate(content["moments"])]
 
 
-def _moment(path: Path, lm: LM, i: int, entry: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Moment:
-    template, growing = lm.init_state(), {f"layers.{layer}" for layer in lm.config.growing_layers}
+def _moment(
+    path: Path, lm: LM, fresh: Any, i: int, entry: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> Moment:
+    """Moment i of a file, its arrays like those of a `fresh` state."""
+    growing = {f"layers.{layer}" for layer in lm.config.growing_layers}
     found = {}
-    for name, leaf in leaves(template):
-        array, want = tensors[f"{i}.state.{name}"], as_numpy(leaf)
-        grows = name.rpartition(".")[0] in growing and array.shape[2] % GROWTH == 0
-        shape = (*want.shape[:2], array.shape[2], *want.shape[3:]) if grows else want.shape
-        if array.dtype != want.dtype or array.shape != shape:
+    for name, leaf in leaves(fresh):
+        array, dtype, shape = tensors[f"{i}.state.{name}"], str(leaf.dtype).rpartition(".")[2], tuple(leaf.shape)
+        if name.rpartition(".")[0] in growing and array.shape[2] % GROWTH == 0:
+            shape = (*shape[:2], array.shape[2], *shape[3:])
+        if (array.dtype.name, array.shape) != (dtype, shape):
             raise SessionError(
-                f"{path}: tensor '{i}.state.{name}' is {array.dtype} {array.shape}, this model has {want.dtype} {shape}"
+                f"{path}: tensor '{i}.state.{name}' is {array.dtype} {array.shape}, this model has {dtype} {shape}"
             )
         found[name] = as_engine(array, leaf)
     restored = iter(found.values())
-    state = map_leaves(lambda _: next(restored), template)
+    state = map_leaves(lambda _: next(restored), fresh)
     numbers = {name: int(value, 16) for name, value in entry["draws"].items()}
     draws = {
         "bit_generator": "PCG64",

@@ -87,11 +87,14 @@ def print_inspection(found: Inspection, out: Console, every: bool = False) -> No
         out.print(f"[bold]attention[/] of the last answer ({tokens}, mean of all layers): {shares}")
     elif found.unknown:
         out.print(f"[dim]attention: {escape(found.unknown)}[/]")
-    table = Table("layer", "attention", "kept: text, position, innovation", box=None, pad_edge=False)
+    sinks = dict.fromkeys(layer.sinks for layer in found.layers if layer.sinks)
+    for tokens in sinks:  # the same in every layer that has them
+        out.print(f"[bold]sinks[/]  {'  '.join(map(_one, tokens))}")
+    table = Table("layer", "attention", "eidetic: text, position, innovation", box=None, pad_edge=False)
     for i, layer in enumerate(found.layers):
         shares = " ".join(f"{name} {share:.0%}" for name, share in layer.attention.items() if share >= 0.005)
         best = sorted(layer.eidetic, key=lambda kept: -(kept.innovation or 0.0))[: None if every else SHOWN]
-        texts = [_one(kept) for kept in (*layer.sinks, *sorted(best, key=lambda kept: kept.position))]
+        texts = [_one(kept) for kept in sorted(best, key=lambda kept: kept.position)]
         more = len(layer.eidetic) - len(best)
         texts += [f"[dim]and {more} more[/]"] if more else []
         table.add_row(f"{i} {layer.kind}", shares, "  ".join(texts) or "[dim]nothing[/]")
@@ -100,5 +103,5 @@ def print_inspection(found: Inspection, out: Console, every: bool = False) -> No
 
 
 def _one(kept: Kept) -> str:
-    why = "sink" if kept.innovation is None else f"{kept.innovation:.2f}"
-    return f"{escape(repr(kept.text))}[dim]@{kept.position:,} {why}[/]"
+    why = "" if kept.innovation is None else f" {kept.innovation:.2f}"
+    return f"{escape(repr(kept.text))}[dim]@{kept.position:,}{why}[/]"

@@ -42,22 +42,25 @@ def read(run: str | Path) -> list[Record]:
     return records
 
 
+def losses(records: list[Record], upto: int) -> list[float]:
+    """The training losses of steps up to `upto`, in their order."""
+    return [record["loss"] for record in records if record.get("loss") is not None and record.get("step", 0) <= upto]
+
+
 class RunLog:
     """The log as it is written. With `upto`, records of later steps are dropped first: those steps run again."""
 
     def __init__(self, run: Path, upto: int | None = None) -> None:
-        self.path = run / FILE
-        self.records: list[Record] = []
-        if upto is not None and self.path.is_file():
-            self.records = [record for record in read(self.path) if record.get("step", 0) <= upto]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(map(_line, self.records)), encoding="utf-8")
-            os.replace(partial, self.path)
-        self._file: TextIO = self.path.open("a" if upto is not None else "w", encoding="utf-8")
+        path = run / FILE
+        if upto is not None and path.is_file():
+            kept = [record for record in read(path) if record.get("step", 0) <= upto]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(partial, path)
+        self._file: TextIO = path.open("w" if upto is None else "a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append a record; it outlives this process at once."""
-        self.records.append(record)
         self._file.write(_line(record))
         self._file.flush()
 
@@ -65,10 +68,6 @@ class RunLog:
         """Flush to the disk."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-    def losses(self) -> list[float]:
-        """Training losses so far, in order of steps."""
-        return [record["loss"] for record in self.records if "loss" in record]
 
 
 def _line(record: Record) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from bmojo_edge.cli.failures import Debug, clear_errors
 from bmojo_edge.cli.terminal import console, size
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _EVERY = 10  # seconds between lines where there is no terminal to draw on
 
 
-class _RunByDefault(typer.core.TyperGroup):
+class _RunByDefault(TyperGroup):
     """`train CONFIG.toml` is `train run CONFIG.toml`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

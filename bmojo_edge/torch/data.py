@@ -36,6 +36,7 @@ class _Epoch(NamedTuple):
 
     order: np.ndarray  # (documents,)
     begins: np.ndarray  # (documents + 1,), the last is the stream's length
+    windows: np.ndarray  # (rows of the epoch,) the window of each row that starts fresh; () where rows carry
 
 
 class Stream:
@@ -62,12 +63,14 @@ class Stream:
             n = self.data.n_documents
             order = np.arange(n) if self.seed is None else self._rng(epoch, 0).permutation(n)
             begins = np.concatenate([[0], np.cumsum(self._padded[order])])
-            self._cache = {epoch: _Epoch(order, begins)}  # two epochs are never in use at a time
+            windows = np.arange(0 if self.carry else self.steps_per_epoch * self.n_rows)
+            windows = windows if self.seed is None else self._rng(epoch, 1).permutation(windows)
+            self._cache = {epoch: _Epoch(order, begins, windows)}  # two epochs are never in use at a time
         return self._cache[epoch]
 
     def _window(self, epoch: int, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, targets and segments (t,) of the stream from `begin`."""
-        order, begins = self._epoch(epoch)
+        order, begins, _ = self._epoch(epoch)
         t, end = self.length, begin + self.length
         tokens, targets = np.zeros(t, np.int64), np.full(t, NO_TARGET, np.int64)
         segments = np.full(t, -1, np.int64)
@@ -90,9 +93,7 @@ class Stream:
         if self.carry:
             places = chosen * self.steps_per_epoch + within
         else:
-            places = within * self.n_rows + chosen
-            if self.seed is not None:
-                places = self._rng(epoch, 1).permutation(self.steps_per_epoch * self.n_rows)[places]
+            places = self._epoch(epoch).windows[within * self.n_rows + chosen]
         windows = [self._window(epoch, int(place) * self.length) for place in places]
         begins = self._epoch(epoch).begins
         fresh = not self.carry or within == 0

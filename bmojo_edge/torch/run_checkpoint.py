@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from bmojo_edge.tensors import CheckpointError, read_json
 
@@ -48,7 +48,8 @@ class RunCheckpoints:
         self.folder, self.keep = folder, keep
         self._pending: Future[Any] | None = None
         # Saving talks between processes from its own thread, so it needs a group of its own.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = group if isinstance(group, dist.ProcessGroup) else None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, ascending."""
@@ -60,7 +61,7 @@ class RunCheckpoints:
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def clean(self) -> None:
-        """Remove what a process that was killed left unfinished; for one process, before any saves."""
+        """Remove what a process that was killed left unfinished or half removed; for one process, before any saves."""
         for partial in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(partial)
 
@@ -73,7 +74,7 @@ class RunCheckpoints:
         target, partial = self.path(step), self.folder / f"{_PARTIAL}{step:08d}"
         _expect_no_group()
         writer = _Writer(partial, lambda: self._complete(partial, target, {**info, "step": step}))
-        saving = dcp.async_save(
+        saving = state_dict_saver.async_save(
             dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )
         assert isinstance(saving, Future)
@@ -102,7 +103,9 @@ class RunCheckpoints:
         partial.rename(target)
         _flush(self.folder)
         for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step))
+            unnamed = self.folder / f"{_PARTIAL}old-{step:08d}"
+            self.path(step).rename(unnamed)  # first, so that no half of it is taken for a checkpoint
+            shutil.rmtree(unnamed)
 
     def info(self, step: int) -> dict[str, Any]:
         """The JSON of a checkpoint. Raises CheckpointError naming a file that is missing or damaged."""
@@ -136,7 +139,9 @@ class RunCheckpoints:
         _expect_no_group()
         reader = HuggingFaceStorageReader(str(self.path(step)))
         try:
-            dcp.load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            state_dict_loader.load(
+                dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None
+            )
         except CheckpointException as error:
             raise CheckpointError(f"{self.path(step)}: cannot be read: {_first(error)}") from None
 

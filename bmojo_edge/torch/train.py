@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmojo_edge import __version__
+from bmojo_edge import __version__, run_log
 from bmojo_edge.checks import ConfigError, fail
 from bmojo_edge.config import Config
 from bmojo_edge.dataset import Dataset
+from bmojo_edge.divergence import STEPS, Divergence
 from bmojo_edge.flops import peak_flops, training_flops_per_token
-from bmojo_edge.run_log import FILE as LOG
 from bmojo_edge.run_log import Record, RunLog
 from bmojo_edge.state import State
 from bmojo_edge.torch import trackers
@@ -41,7 +41,6 @@ from bmojo_edge.torch.run_checkpoint import RunCheckpoints
 from bmojo_edge.train_config import TrainConfig
 
 SETTINGS, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
-SMOOTHED = 20  # steps whose mean loss is watched for divergence
 
 # May differ between the parts of a run that is resumed: they change a step's result by rounding at most.
 _MAY_CHANGE = ("out", "checkpoints", "validation", "log", "max_divergence", "system", "batch.rows")
@@ -76,7 +75,7 @@ def _folder(settings: TrainConfig, resume: bool, world: World) -> Iterator[None]
             (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             held.enter_context(_only_user(out))
             known = out / SETTINGS
-            if known.is_file() and not resume and (out / LOG).is_file():
+            if known.is_file() and not resume and (out / run_log.FILE).is_file():
                 fail("out", f"{out} holds a run already: resume it, or choose another folder")
             if known.is_file() and resume:
                 _check_same(json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings.to_dict())))
@@ -303,6 +302,8 @@ class Trainer:
     # --- what is told -------------------------------------------------------------------------------------------------
 
     def _open_log(self, upto: int | None) -> None:
+        before = run_log.read(self.out) if upto and (self.out / run_log.FILE).is_file() else []
+        self.divergence = Divergence(run_log.losses(before, upto or 0))
         if not self.world.leads:
             return
         self.log = RunLog(self.out, upto)
@@ -338,12 +339,9 @@ class Trainer:
             "memory_bytes": torch.cuda.max_memory_allocated(self.world.device) if cuda else None,
         }
         self._write(record)
-        rise = torch.zeros(1, device=self.world.device)
-        if self.log is not None:
-            rise[0] = divergence(self.log.losses())
-        rise = float(self.world.largest(rise))
+        rise = self.divergence.rise(loss)
         if rise > self.settings.max_divergence:
-            self._stop(step, f"the mean loss of {SMOOTHED} steps is {rise:.2f} nats above its lowest")
+            self._stop(step, f"the mean loss of {STEPS} steps is {rise:.2f} nats above its lowest")
 
     def _write(self, record: Record) -> None:
         if self.log is None:
@@ -361,11 +359,3 @@ class Trainer:
         raise Diverged(
             f"step {step}: {why}; training stopped, {kept}. Lower optimizer.lr, or look at the data of this step."
         )
-
-
-def divergence(losses: list[float]) -> float:
-    """How far the mean of the last SMOOTHED losses is above the lowest such mean so far, 0 where there are too few."""
-    if len(losses) <= SMOOTHED:
-        return 0.0
-    sums = torch.tensor(losses, dtype=torch.float64).unfold(0, SMOOTHED, 1).mean(1)
-    return float(sums[-1] - sums.min())

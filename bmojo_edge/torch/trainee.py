@@ -98,7 +98,8 @@ def prepare(model: Model, cast: torch.dtype | None, recompute: bool, compiled: b
             body.compile()
         names = [n for n, _ in block.named_parameters() if f"layers.{i}.{n}" not in kept] if cast else []
         run = partial(_run, body, names, cast)
-        block.forward = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False) if recompute else run
+        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False) if recompute else run
+        block.forward = run  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _run(body: _Body, names: list[str], cast: torch.dtype | None, *arguments: Any) -> BlockResult:

@@ -17,11 +17,12 @@ from typer.testing import CliRunner, Result
 from bmojo_edge import checkpoint, golden, run_log
 from bmojo_edge.checks import ConfigError
 from bmojo_edge.cli import app
+from bmojo_edge.divergence import STEPS, Divergence
 from bmojo_edge.tensors import CheckpointError
 from bmojo_edge.torch import load
 from bmojo_edge.torch.parallel import World
 from bmojo_edge.torch.run_checkpoint import RunCheckpoints
-from bmojo_edge.torch.train import SMOOTHED, Diverged, Trainer, divergence, train
+from bmojo_edge.torch.train import Diverged, Trainer, train
 from bmojo_edge.train_config import TrainConfig
 from tests.absent import absent
 from tests.helpers import rms_ratio
@@ -76,6 +77,19 @@ def test_a_run_leaves_a_model_that_loads(whole: TrainConfig) -> None:
         np.testing.assert_array_equal(stored[name], trained[f"model.{name}"], err_msg=name)
     assert model.config.vocab_size == 37
     assert losses(whole)[-1] < losses(whole)[0]
+
+
+def test_the_model_converts_and_runs_on_the_other_engine(whole: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    import bmojo_edge as be
+    from bmojo_convert import convert
+
+    convert(str(Path(whole.out) / "model"), tmp_path / "converted", dtype="float32")
+    tokens = np.arange(60)[None] % 37
+    ours = be.load(tmp_path / "converted", verify=True)
+    got, _ = ours.forward(tokens, ours.init_state())
+    want, _ = load(Path(whole.out) / "model")(tokens)
+    assert rms_ratio(np.asarray(got), want) < 1e-5
 
 
 def test_the_log_tells_every_step(whole: TrainConfig) -> None:
@@ -326,14 +340,19 @@ def test_a_loss_that_is_no_number_stops_the_run(toml: Path, tmp_path: Path, pois
 
 def test_a_loss_that_runs_away_stops_the_run(root: Path) -> None:
     config = settings(root, "away", steps=60, optimizer={"lr": 300.0, "final_lr": 300.0}, max_divergence=0.5)
-    with pytest.raises(Diverged, match=rf"the mean loss of {SMOOTHED} steps is .* nats above its lowest|is (nan|inf)"):
+    with pytest.raises(Diverged, match=rf"the mean loss of {STEPS} steps is .* nats above its lowest|is (nan|inf)"):
         train(config)
 
 
 def test_divergence() -> None:
-    assert divergence([1.0] * SMOOTHED) == 0
-    assert divergence([5.0] * 30 + [2.0] * 30) == 0
-    assert divergence([2.0] * 30 + [5.0] * SMOOTHED) == pytest.approx(3.0)
+    def rise(losses: list[float]) -> float:
+        return Divergence(losses[:-1]).rise(losses[-1])
+
+    assert rise([1.0] * STEPS) == 0
+    assert rise([2.0] * (STEPS - 2) + [50.0]) == 0
+    assert rise([5.0] * 30 + [2.0] * 30) == 0
+    assert rise([2.0] * 30 + [5.0] * STEPS) == pytest.approx(3.0)
+    assert rise([2.0] * 30 + [5.0] * (STEPS // 2)) == pytest.approx(1.5)
 
 
 def test_errors_are_one_line_and_name_the_field(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,11 +256,13 @@ class Model(nn.Module):
         return F.pad(index, (0, 0, 0, c - index.shape[2]), value=-1)
 
     def _integers(self, x: Any, name: str, dims: int, shape: tuple[int, ...] | None = None) -> Tensor:
-        x = torch.as_tensor(x, device=self.device)
+        x = torch.as_tensor(x)
         if x.is_floating_point() or x.dim() != dims or (shape is not None and tuple(x.shape) != shape):
             wanted = f"shape {shape}" if shape else f"{dims} dimensions"
             raise ValueError(f"{name}: must be integers of {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
-        return x.long()
+        if self.device.type == "cuda" and x.device.type == "cpu":
+            return x.long().pin_memory().to(self.device, non_blocking=True)  # does not wait for the GPU's other work
+        return x.to(self.device, torch.int64)
 
     # --- inference ----------------------------------------------------------------------------------------------------
 

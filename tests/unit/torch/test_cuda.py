@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bmojo_edge import reference
+from bmojo_edge.config import Config
 from tests.helpers import GRID, assert_close, assert_states_close, random_tokens, random_weights, rounded, to_numpy
 
 torch = pytest.importorskip("torch")
@@ -43,6 +44,45 @@ def test_equals_the_oracle(name: str, dtype: str) -> None:
             assert_close(logits, ref[:, 0], 24 * u, f"token {step}")
             assert_states_close(state, ref_state, 48 * u)
         assert torch.isfinite(logits).all()
+
+
+KERNELS = {  # head_dim and chunk that the kernels take
+    "rotated, sinks": {"rope_theta": 1e4, "n_sinks": 3},
+    "untied, qk-norm": {"tie_kv": False, "qk_norm": True, "n_fading": 32, "rope_theta": 1e4},
+    "hybrid": {"layer_types": ("mamba", "attention"), "n_eidetic": 0, "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_training_on_kernels_equals_plain_ops_in_float64(name: str, dtype: str, compiled: bool) -> None:
+    """Packed documents through every kernel, eager and one graph a layer, and nothing that waits for the GPU."""
+    config = Config.preset("tiny", **{"vocab_size": 64, "window": 64, "chunk": 32, "n_eidetic": 16, **KERNELS[name]})
+    weights = rounded(random_weights(config), dtype)
+    model = load_weights(Model(config.replace(dtype=dtype)), weights).cuda()
+    exact = load_weights(Model(config).double(), {n: w.astype(np.float64) for n, w in weights.items()})
+    tokens = torch.randint(0, 64, (2, 300))
+    labels = torch.tensor([[0] * 128 + [1] * 152 + [-1] * 20, [2] * 96 + [3] * 204])
+    for block in model.blocks() if compiled else ():
+        block.compile(fullgraph=True)
+    on_gpu = tokens.cuda()
+    model.activations(on_gpu, labels).float().sum().backward()  # compiles what waits
+    model.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = model.activations(on_gpu, labels)
+        (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        forced = model.forward_with_memory(on_gpu, segment_ids=labels)[2].eidetic_index.cpu()
+    ref = exact.hidden(tokens, segment_ids=labels, eidetic_index=forced if config.n_eidetic else None)[0]
+    (ref * torch.linspace(-1, 1, ref.numel()).double().view_as(ref)).sum().backward()
+    u = ROUNDOFF[dtype]
+    assert_close(out, ref, 12 * u)
+    for (n, got), p in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert_close(got.grad, p.grad, 100 * u, n)
 
 
 def test_gradients_equal_those_of_the_cpu_in_float64() -> None:

@@ -4,10 +4,10 @@
     python apps/bench/train.py --gpus 2             # only those of two GPUs
     python apps/bench/train.py --models bmojo --lengths 2048 --limit 120
 
-Each case is a process (or two) of its own running steps of the trainer on random tokens. All cases of as many GPUs start
-and compile side by side, then they take turns: one has the GPUs and is timed, the others wait. Mamba runs on one GPU
-alone. A case that fails is a row with `failed` and does not stop the others; results are written after every case, those
-of other cases stay as they are.
+Each case is a process (or two) of its own running steps of the trainer on random tokens. All cases of as many GPUs
+start and compile side by side, then they take turns: one has the GPUs and is timed, the others wait. Mamba runs on one
+GPU alone. A case that fails is a row with `failed` and does not stop the others; results are written after every case,
+those of other cases stay as they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Writes the measured tables of the READMEs from the result files, between markers, so that no number is typed.
+"""Writes the measured tables of READMEs and docs from the result files, between markers, so that no number is typed.
 
-python apps/readme_tables.py            # rewrite README.md and cuda_kernels/README.md
+python apps/readme_tables.py            # rewrite them
 python apps/readme_tables.py --check    # exit 1 where one is not what the files say
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
+SESSION = ROOT / "apps/bench/results/session.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
 
@@ -111,9 +112,36 @@ def _where(found: dict[str, Any]) -> str:
     return f"{found['gpu']}; {versions}; commit {found['commit']}."
 
 
+def session() -> str:
+    """What a session costs after a short and a long past."""
+    found = _read(SESSION)
+    body = [
+        [
+            f"{row['past']:,}",
+            f"{row['file_bytes']:,}",
+            f"{row['open_ms']:.1f}",
+            f"{row['first_token_ms']:.1f}",
+            f"{row['rss_bytes'] / 2**20:.0f} MiB",
+            f"{row['peak_bytes_early'] / 2**20:.1f} MiB, {row['peak_bytes'] / 2**20:.1f} MiB",
+        ]
+        for row in found["rows"]
+    ]
+    header = [
+        "tokens read", "bytes of the file", "open, ms", "open to first token, ms",
+        "peak memory of a process that opens", "of the one that read: after at most 100,000 tokens, in the end",
+    ]  # fmt: skip
+    first, *_, last = found["rows"]
+    return (
+        f"{_rows(header, body)}\n\nMedians of {found['rounds']} times, the files taking turns; {found['machine']}, "
+        f"MLX {found['versions']['mlx']} on the CPU, commit {found['commit']}. First token after {last['past']:,} "
+        f"tokens over that after {first['past']:,}: {found['long_over_short']:.3f}."
+    )
+
+
 TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
+    "docs/sessions.md": {"session": session},
 }
 
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,20 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
             }
         )
         trainer = Trainer(settings, world, None)
-        seconds, loss = [], float("nan")
-        with ExitStack() as turn:
-            for step in range(WARM + case["steps"]):
-                if step == WARM and world.leads:
-                    turn.enter_context(wait_for_turn(case))
+        seconds, loss, cuda = [], float("nan"), world.device.type == "cuda"
+        for step in range(WARM):
+            while not stepped(trainer, step, patient=cuda and world.size == 1):
+                time.sleep(1.0)
+        if cuda:  # leave the memory to whose turn it is
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with wait_for_turn(case) if world.leads else nullcontext():
+            for step in range(WARM, WARM + case["steps"]):
                 begun, rows = time.perf_counter(), trainer.batches(step)
                 loss, _, _ = trainer.step(step, rows)
                 seconds.append(time.perf_counter() - begun)
-        timed = seconds[WARM + 3 :]  # clocks rise in the first ones
+        timed = seconds[len(seconds) // 10 :]  # clocks rise in the first ones
         speed = tokens / statistics.median(timed)
-        cuda = world.device.type == "cuda"
         row = {
             "params": sum(p.numel() for p in trainer.parallel.model.parameters()),
             "tokens_per_s": round(speed, 1),
@@ -113,6 +116,21 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         }
         trainer.close()
         return row
+
+
+def stepped(trainer: Any, step: int, patient: bool) -> bool:
+    """Do a step; where `patient`, False if other cases that warm up have taken the memory it needs."""
+    import torch
+
+    try:
+        trainer.step(step, trainer.batches(step))
+        return True
+    except torch.OutOfMemoryError:
+        if not patient:
+            raise
+    trainer.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return False
 
 
 @contextmanager

@@ -134,7 +134,10 @@ class Continuation:
         if ids.size == 1:
             logits, self.state = self._lm.decode_one_token(ids, self.state)
         else:
-            logits, self.state = self._lm.prefill(ids[None], self.state)
+            prefill = self._lm.prefill
+            if not self.ids:  # a prompt: a model with storage looks up what it asks for
+                prefill = getattr(self._lm, "prefill_prompt", prefill)
+            logits, self.state = prefill(ids[None], self.state)
         self.pending = []  # nothing between this and the line above: Ctrl-C must not find one without the other
         return evaluate(logits, self.state)
 

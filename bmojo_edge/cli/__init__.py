@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, data, doctor, export, generate, info, inspect, parity, train
+from bmojo_edge.cli import chat, convert, data, doctor, export, generate, info, inspect, memory, parity, train
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -25,6 +25,7 @@ app.command("info")(info.info)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.add_typer(memory.app, name="memory")
 app.add_typer(train.app, name="train")
 app.add_typer(parity.app, name="parity")
 app.add_typer(export.app, name="export")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ from bmojo_edge.cli.models import open_model
 from bmojo_edge.cli.terminal import read_stdin
 
 if TYPE_CHECKING:
+    from bmojo_edge.engine import LM
     from bmojo_edge.generate import Options
 
 
@@ -35,6 +38,10 @@ def chat(
     transcript: Annotated[
         bool, typer.Option("--transcript", help="Also append what is said to FILE.jsonl, which grows.")
     ] = False,
+    memory: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="Recall what is in this store, and keep there what leaves the window."),
+    ] = None,
     max_tokens: options.MaxTokens = 512,
     temperature: options.ChatTemperature = None,
     top_p: options.TopP = 0.9,
@@ -57,6 +64,8 @@ def chat(
     bmojo-edge chat DIR --prompt "What is the capital of France?"
 
     bmojo-edge chat DIR --session diary.bmojo
+
+    bmojo-edge chat --memory notes/
     """
     if temperature is None:
         temperature = 0.6 if prompt is None else 0.0
@@ -65,42 +74,56 @@ def chat(
     options.check(temperature, top_p, top_k, min_p, repetition_penalty, [])
     text = read_stdin() if prompt == "-" else prompt
     saved = session is not None and session.exists() and session.stat().st_size > 0
-    lm = open_model(_model_of(session) if saved and model is None else model)
-    from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
-    from bmojo_edge.session import Session
+    model = _model_of(session) if saved and model is None else model
+    with _model(model, memory) as lm:
+        from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
+        from bmojo_edge.session import Session
 
-    sampling: Options = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
+        sampling: Options = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
 
-    def begin() -> Session:
-        return Session(lm, system)
+        def begin() -> Session:
+            return Session(lm, system)
 
-    file = SessionFile(session) if session else None
-    here = Session.open(session, lm) if session and saved else begin()
-    if saved:
-        if system not in (None, here.system):
-            raise typer.BadParameter(
-                f"--system: {session} has another system message; leave it out or begin a new file"
-            )
-        resumed(here)
-    elif file is not None:
-        file.save(here)  # where it cannot be written, that shows before the first question
-    if text is None:
-        Conversation(begin, sampling, here, file, transcript).run()
+        file = SessionFile(session) if session else None
+        here = Session.open(session, lm) if session and saved else begin()
+        if saved:
+            if system not in (None, here.system):
+                raise typer.BadParameter(
+                    f"--system: {session} has another system message; leave it out or begin a new file"
+                )
+            resumed(here)
+        elif file is not None:
+            file.save(here)  # where it cannot be written, that shows before the first question
+        if text is None:
+            Conversation(begin, sampling, here, file, transcript).run()
+            return
+        answer(here.say(text, **sampling))
+        if file is not None:
+            file.save(here)
+            if transcript:
+                append_transcript(file.path, here)
+        status(here)
+
+
+@contextmanager
+def _model(model: str | None, memory: Path | None) -> Iterator[LM]:
+    """The model, with a store beside it where one is named; a store that is not there is made."""
+    if memory is None:
+        yield open_model(model)
         return
-    answer(here.say(text, **sampling))
-    if file is not None:
-        file.save(here)
-        if transcript:
-            append_transcript(file.path, here)
-    status(here)
+    from bmojo_edge.cli.memory import opened
+
+    lm = opened(memory, model, disk_gb=0.0)
+    with lm.store:
+        yield lm
 
 
 def _model_of(session: Path | None) -> str | None:

@@ -26,6 +26,8 @@ _INSTALL = {
     "datasets": "pip install 'bmojo-edge[data]'",
     "pyarrow": "pip install 'bmojo-edge[data]'",
     "zstandard": "pip install 'bmojo-edge[data]'",
+    "usearch": "pip install 'bmojo-edge[memory]'",
+    "pypdf": "pip install 'bmojo-edge[memory]'",
     "onnx": "pip install 'bmojo-edge[onnx]'",
     "coremltools": "pip install 'bmojo-edge[coreml]'",
 }

@@ -273,7 +273,7 @@ def test_a_full_disk_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(store._files, "write_payload", full)
     fill(store, 1)
-    with pytest.raises(StoreError, match="writing failed.*No space left"):
+    with pytest.raises(StoreError, match=r"writing failed.*No space left"):
         store.flush()
     store._failed = None  # the fixture closes it
 

@@ -277,8 +277,7 @@ def _complete_commands() -> None:
         )
         return [*found, None][state] if state <= len(found) else None
 
-    if line_begins := readline.get_completer_delims():
-        readline.set_completer_delims(line_begins.replace("/", "").replace("-", "").replace(".", ""))
+    readline.set_completer_delims(" \t\n")  # a slash is part of a command and of a file's name
     readline.set_completer(complete)
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
 

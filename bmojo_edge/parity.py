@@ -73,7 +73,7 @@ class Oracle:
 
     def run(self, tokens: np.ndarray, state: State | None, eidetic_index: np.ndarray | None) -> Pass:
         outputs: list[Any] = []
-        logits, state, memory = reference.forward(
+        logits, after, memory = reference.forward(
             self.config,
             self._weights,
             tokens,
@@ -82,7 +82,7 @@ class Oracle:
             return_memory=True,
             observe=lambda layer, row, begin, out: outputs.append(out[None]),
         )
-        return Pass(logits, state, memory, outputs)
+        return Pass(logits, after, memory, outputs)
 
     def decode(self, token: int, state: State) -> tuple[Any, State]:
         logits, state = reference.forward(self.config, self._weights, [[token]], state)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bmojo_edge.config import Config
 from bmojo_edge.flops import peak_flops, training_flops_per_token
 from bmojo_edge.parameters import parameter_shapes
 
-BASE = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
+BASE: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
 
 
 def products(config: Config) -> int:
@@ -33,8 +35,8 @@ def test_a_window_bounds_what_is_seen() -> None:
 
 
 def test_a_bmojo_layer_reads_its_memories_and_projects_twice() -> None:
-    sizes = {"window": 8, "n_fading": 4, "n_eidetic": 6, "n_sinks": 2, "chunk": 4}
-    ssm = {"kind": "mamba", "d_state": 3, "d_conv": 2, "expand": 2, "dt_rank": 2}
+    sizes: dict[str, Any] = {"window": 8, "n_fading": 4, "n_eidetic": 6, "n_sinks": 2, "chunk": 4}
+    ssm: Any = {"kind": "mamba", "d_state": 3, "d_conv": 2, "expand": 2, "dt_rank": 2}
     config = Config(**BASE, **sizes, ssm=ssm, layer_types=("bmojo",))
     linear = 2 * (products(config) - 32 * 3 + 2 * 16 * 8 + 800)  # A_log is no matrix; keys and values of y as well
     seen = 8 + 4 + 6 + 2
@@ -44,7 +46,8 @@ def test_a_bmojo_layer_reads_its_memories_and_projects_twice() -> None:
 
 def test_only_chosen_experts_count() -> None:
     dense = Config(**BASE, layer_types=("attention",))
-    mixed = Config(**BASE, layer_types=("attention",), experts={"n": 8, "per_token": 2, "layers": [0]})  # pyright: ignore
+    experts: Any = {"n": 8, "per_token": 2, "layers": [0]}
+    mixed = Config(**BASE, layer_types=("attention",), experts=experts)
     more = training_flops_per_token(mixed, 10) - training_flops_per_token(dense, 10)
     assert more == pytest.approx(6 * (3 * 16 * 24 + 8 * 16))
 

@@ -53,6 +53,9 @@ KERNELS = {  # head_dim and chunk that the kernels take
 }
 
 
+@pytest.mark.filterwarnings(  # PyTorch's own, about itself
+    "ignore:.*script_method", "ignore:Attempting to run cuBLAS", "ignore:The .grad attribute"
+)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KERNELS)

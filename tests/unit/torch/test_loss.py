@@ -55,6 +55,9 @@ def test_equals_cross_entropy_of_all_logits(dtype, chunk: int, monkeypatch: pyte
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings(  # PyTorch's own, about itself
+    "ignore:.*script_method", "ignore:Attempting to run cuBLAS", "ignore:The .grad attribute"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_cross_entropy_on_a_gpu(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**22)

@@ -36,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Train a model, or draw the curves of runs. [bold]bmojo-edge train CONFIG.toml[/] is short for "
     "[bold]train run CONFIG.toml[/].",
+    epilog="Options and examples: [bold]bmojo-edge train run --help[/]",
 )
 
 

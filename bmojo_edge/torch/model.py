@@ -7,6 +7,7 @@ a value: no call changes the one it is given. Nothing here knows files or tokeni
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from bmojo_edge.torch.layout import (
     step_of,
 )
 from bmojo_edge.torch.mixers import Remembered
-from bmojo_edge.torch.ops import wide
+from bmojo_edge.torch.ops import why_plain, wide
 from bmojo_edge.torch.recalled import window_tokens
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
@@ -179,7 +180,11 @@ class Model(nn.Module):
         """
         tokens = self._integers(tokens, "tokens", 2)
         tokens, layout, segments = self._placed(tokens, None, segment_ids, lengths)
-        h = self._embedded(tokens, layout)
+        h, config = self._embedded(tokens, layout), self.config
+        if h.is_cuda and "bmojo" in config.layer_types and (config.n_eidetic or config.n_sinks):
+            reason = why_plain(config.d_head, h.dtype, config.chunk_size, layout.aligned)
+            if reason is not None:
+                warnings.warn(f"{reason}; plain PyTorch computes attention, slowly", RuntimeWarning, stacklevel=2)
         for block in self.blocks():
             h = block(h, None, layout).out
         return _in_columns(self._normalised(h, layout), segments)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bmojo_cuda
-from bmojo_cuda.attention import fits
+from bmojo_cuda.attention import fits, why_not
 from bmojo_cuda.conv import MAX_TAPS
 from bmojo_cuda.launch import has_triton
 from bmojo_cuda.scan import MAX_STATES
@@ -342,6 +342,15 @@ def memory_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scal
     if on_gpu(q) and (pinned is None or at.aligned) and fits(q, at.chunk_size, pinned is not None):
         return _fused_attention(bands, pinned, at, scale)
     return plain_attention(bands, pinned, at, scale)
+
+
+def why_plain(p: int, dtype: torch.dtype, chunk: int, aligned: bool) -> str | None:
+    """Why a GPU reads eidetic memory and sinks by the plain operation, which is slow; None: a kernel does."""
+    if not has_triton():
+        return "Triton is not installed"
+    if not aligned:
+        return f"documents begin elsewhere than at multiples of chunk = {chunk}"
+    return why_not(torch.empty(0, p, dtype=dtype), chunk, True)
 
 
 def _fused_attention(bands: list[Band], pinned: Pinned | None, at: Queries, scale: float) -> Tensor:

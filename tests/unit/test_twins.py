@@ -32,7 +32,7 @@ ONLY_TORCH = {
     # Packed documents are for training.
     "layout.py": {"Segments", "segments_of", "growth_of", "overwritten", "last_values", "is_aligned", "fresh_state"},
     # float64 for checking gradients; linear layers are plain functions of their weights.
-    "ops.py": {"causal_conv", "SCAN_STEPS", "on_gpu", "Grid", "gated_scan"},
+    "ops.py": {"causal_conv", "SCAN_STEPS", "on_gpu", "Grid", "gated_scan", "why_plain"},
     "load.py": {"as_tensor"},
 }
 

@@ -143,3 +143,14 @@ def test_which_documents_are_aligned(row: list[int], aligned: bool) -> None:
     assert is_aligned(config, None, rows, None) == aligned
     assert is_aligned(config, torch.tensor([0, 64]), rows, None) == aligned
     assert not is_aligned(config, torch.tensor([0, 5]), rows, None)
+
+
+def test_why_a_plain_operation_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.bfloat16
+    monkeypatch.setattr(ops, "has_triton", lambda: True)
+    assert ops.why_plain(64, half, 64, True) is None
+    assert "multiples of chunk = 64" in (ops.why_plain(64, half, 64, False) or "")
+    assert "multiple of 32, not 48" in (ops.why_plain(64, half, 48, True) or "")
+    assert "not 80" in (ops.why_plain(80, half, 64, True) or "")
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    assert ops.why_plain(64, half, 64, True) == "Triton is not installed"

@@ -140,6 +140,13 @@ class WithStorage:
         logits, inner = self.lm.decode_one_token(token, state.inner)
         return logits, self._moved(state, inner, ids)
 
+    def decode_with_attention(self, token: Any, state: RecallState) -> tuple[Any, RecallState, list[dict[str, Any]]]:
+        """`decode_one_token`, and how each layer's attention divided among its memories, "storage" among them."""
+        state = self.choose(state) if state.left[0] == 0 else state
+        watched: Any = self.lm
+        logits, inner, shares = watched.decode_with_attention(token, state.inner)
+        return logits, self._moved(state, inner, as_numpy(token).reshape(-1, 1)), shares
+
     def prefill_prompt(self, tokens: Any, state: RecallState) -> tuple[Any, RecallState]:
         """`prefill` of a prompt that is to be answered: its end is read with what it asks for."""
         tokens = np.asarray(tokens)

@@ -331,11 +331,12 @@ class Store:
             named = self._segments.candidates(int(ordinal), queries, self._live_ids())
             looked_at |= np.isin(ids, named)
         slots = np.sort(slots[looked_at])
-        parts = [slots[i : i + SCAN] for i in range(0, len(slots), SCAN)]
-        if not parts:
+        if not len(slots):
             return slots
-        scores = [block_scores(queries, self._summaries(part)) for part in parts]
-        worth = relevance(np.concatenate(scores, axis=-1))
+        scores = np.empty((*queries.shape[:2], len(slots)), np.float32)
+        for i in range(0, len(slots), SCAN):
+            scores[..., i : i + SCAN] = block_scores(queries, self._summaries(slots[i : i + SCAN]))
+        worth = relevance(scores)
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 
     def read(self, slots: np.ndarray) -> np.ndarray:

@@ -160,7 +160,7 @@ class Files:
         cuts = np.flatnonzero(np.diff(slots) != 1) + 1
         for begin, end in zip([0, *cuts], [*cuts, len(slots)], strict=True):
             if begin < end:
-                view = memoryview(out[begin:end]).cast("B")
+                view = out[begin:end].data.cast("B")
                 if os.preadv(self._summaries, [view], int(slots[begin]) * size) != len(view):
                     raise StoreError(f"{self.folder / SUMMARIES}: is cut short; {_repair(self.folder)}")
         return out

@@ -20,18 +20,21 @@ NEIGHBOURS = 16  # summary vectors an index is asked for, by query
 def block_scores(queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
     """The best score of each block for each query: (h, q, n), from queries (h, q, p) and summaries (n, m, g, p)."""
     (h, q, p), (n, m, g, _) = queries.shape, summaries.shape
-    keys = summaries.astype(np.float32).transpose(2, 3, 1, 0).reshape(g, p, m * n)
-    return (queries.reshape(g, h // g * q, p) @ keys).reshape(h, q, m, n).max(2)
+    best = np.empty((n, g, h // g * q), np.float32)
+    for head, wanted in enumerate(queries.reshape(g, -1, p)):
+        keys = summaries[:, :, head].astype(np.float32).reshape(n * m, p)
+        (keys @ wanted.T).reshape(n, m, -1).max(1, out=best[:, head])
+    return best.reshape(n, h, q).transpose(1, 2, 0)
 
 
 def relevance(scores: np.ndarray) -> np.ndarray:
     """(n,): what attention each query of each head would give to blocks with these best scores (h, q, n), summed.
 
-    A block that is not to be seen has the score -inf.
+    The scores are overwritten: they are the largest array of a choice.
     """
-    best = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(best), best, 0))
-    return (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)).sum((0, 1))
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    return np.einsum("hqn,hq->n", scores, 1 / scores.sum(-1))
 
 
 class Segments:

@@ -62,6 +62,7 @@ def make_trials(text: np.ndarray, tokenizer: Any, length: int, count: int, windo
     """`count` texts of `length` tokens, each from another place of the books, keys at even depths."""
     rng = np.random.default_rng(length)
     question, rows, keys, places = tokenizer.encode(QUESTION), [], [], []
+    needle: list[int] = []
     for i in range(count):
         key = str(rng.integers(10_000, 100_000))
         needle = tokenizer.encode(NEEDLE.format(key=key))

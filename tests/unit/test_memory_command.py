@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import bmojo_edge as be
 from bmojo_edge import checkpoint
 from bmojo_edge.cli import app
 from bmojo_edge.config import Config
 from bmojo_edge.documents import DocumentError, read_document
+from bmojo_edge.recall import WithStorage, shape_for
+from bmojo_edge.session_file import identity
 from bmojo_edge.storage import Store
 from bmojo_edge.tokenizer import Tokenizer
 from tests.helpers import random_weights
@@ -145,3 +148,31 @@ def test_documents_that_cannot_be_read_are_named(tmp_path: Path, name: str, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DocumentError, match=f"{name}: .*{message}"):
         read_document(tmp_path / name)
+
+
+def test_a_saved_session_goes_on_with_its_storage(model: Path, tmp_path: Path) -> None:
+    lm = be.load(model)
+
+    def remembering(name: str) -> WithStorage:
+        folder = tmp_path / name
+        model_is, exists = identity(lm), folder.exists()
+        store = Store(folder, model_is) if exists else Store.create(folder, shape_for(lm.config), model_is)
+        return WithStorage(lm, store, every=16)
+
+    def say(session: be.Session, text: str) -> str:
+        return "".join(session.say(text, max_tokens=20, temperature=2.0, seed=1))
+
+    whole = remembering("whole")
+    session = be.Session(whole)
+    said = [say(session, text) for text in ("one " * 30, "two " * 30, "three")]
+    whole.store.close()
+
+    cut = remembering("cut")
+    session = be.Session(cut)
+    assert [say(session, text) for text in ("one " * 30, "two " * 30)] == said[:2]
+    session.save(tmp_path / "saved.bmojo")
+    cut.store.close()
+    again = remembering("cut")
+    assert say(be.Session.open(tmp_path / "saved.bmojo", again), "three") == said[2]
+    assert [source.kind for source in again.store.sources] == ["session"]  # it goes on, and does not begin again
+    again.store.close()

@@ -125,6 +125,19 @@ def test_storage_is_read_and_without_it_nothing_changes(engine: str, references:
     assert all("recalled" not in name and "queries" not in name for name, _ in leaves(state))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attention_to_storage_is_told(engine: str, tmp_path: Path) -> None:
+    lm, tokens = with_store(engine, WINDOWED, tmp_path / "s"), random_tokens(WINDOWED, 1, T)
+    _, state = feed(lm, tokens, lm.init_state(), [])
+    want, want_state = lm.decode_one_token(np.array([3]), state)
+    logits, state, shares = lm.decode_with_attention(np.array([3]), state)
+    assert_close(logits, want, BOUND)
+    assert_same(state, want_state)
+    for layer in shares:
+        assert 0 < float(np.mean(to_numpy(layer["storage"]))) < 1
+    lm.store.close()
+
+
 # --- forks and other conversations
 
 

@@ -103,10 +103,15 @@ def test_those_are_chosen_that_attention_weighs_most(store: Store) -> None:
     assert len(store.choose(queries, slots[:0], 6)) == 0
 
 
-def test_what_is_not_to_be_seen_weighs_nothing() -> None:
-    scores = np.array([[[0.0, -np.inf, 1.0]]])
-    np.testing.assert_allclose(relevance(scores)[1], 0)
-    assert block_scores(np.ones((2, 1, 8), np.float32), np.ones((3, 2, 1, 8), np.float16)).shape == (2, 1, 3)
+def test_a_blocks_score_is_its_best_summary_head_by_head() -> None:
+    rng = np.random.default_rng(0)
+    queries, summaries = rng.standard_normal((6, 3, 8)).astype("f4"), rng.standard_normal((5, 4, 2, 8)).astype("f2")
+    got = block_scores(queries, summaries)
+    assert got.shape == (6, 3, 5)
+    for head in range(6):
+        want = np.einsum("qp,nmp->qnm", queries[head], summaries[:, :, head // 3].astype("f4")).max(-1)
+        np.testing.assert_allclose(got[head], want, rtol=1e-5)
+    np.testing.assert_allclose(relevance(got).sum(), 18, rtol=1e-5)  # every query of every head gives 1
 
 
 def test_a_sealed_segment_names_nearly_what_a_scan_finds(tmp_path: Path) -> None:

@@ -208,4 +208,4 @@ def test_any_interleaving_on_a_twin(tokenizer: Tokenizer, tmp_path: Path, layers
 @pytest.mark.parametrize("layers", LAYERS)
 def test_long_interleavings_on_a_twin(tokenizer: Tokenizer, tmp_path: Path, layers: str, engine: str) -> None:
     lm = model(engine, layers, tokenizer)
-    run(30, 40, lm=lm, folder=tmp_path, budgets=(0, 3 * lm.config.state_bytes(), 10**9))
+    run(20, 15, lm=lm, folder=tmp_path, budgets=(0, 3 * lm.config.state_bytes(), 10**9))

@@ -66,8 +66,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case in this process, which torchrun may have started; what was measured."""
     import torch
 
-    from bmojo_edge.torch.parallel import World
-    from bmojo_edge.torch.train import Trainer
+    from bmojo_edge.torch import Trainer, World
     from bmojo_edge.train_config import TrainConfig
 
     with tempfile.TemporaryDirectory() as folder, World.start(case["device"]) as world:

@@ -22,7 +22,15 @@ def imports(source: str) -> Iterator[str]:
 
 
 def breaches(source: str, bench: bool) -> list[str]:
-    names = ("mlx.load", "mlx.Model", "torch.load", "torch.Model", "torch.linear_cross_entropy")
+    names = (
+        "mlx.load",
+        "mlx.Model",
+        "torch.load",
+        "torch.Model",
+        "torch.Trainer",
+        "torch.World",
+        "torch.linear_cross_entropy",
+    )
     public = {f"bmojo_edge.{name}" for name in names}
     return [
         name

@@ -228,7 +228,7 @@ class Model(nn.Module):
         """
         position = mx.broadcast_to(mx.arange(begin, begin + count, dtype=mx.int64), (len(state.position), count))
         found = [window_tokens(self.config, state.layers[i].window, position, state.offset) for i in layers]
-        tokens = mx.stack([mx.stack(pair) for pair in found])
+        tokens = mx.stack([mx.stack(list(pair)) for pair in found])
         return np.array(tokens.astype(mx.float32 if tokens.itemsize > 2 else mx.float16))
 
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[mx.array, State]:

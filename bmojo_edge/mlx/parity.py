@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -36,7 +37,7 @@ class Observed:
         metal = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
         self.description = {
             "engine": "mlx",
-            "version": mx.__version__,
+            "version": version("mlx"),
             "device": str(mx.device_info()["device_name"]) if metal else "CPU",
             "kernels": "Metal (bmojo_metal)" if kernels_run() else "no, plain MLX",
         }
@@ -45,7 +46,7 @@ class Observed:
         """Tokens (1, t) after `state`, with the sets given."""
         outputs: list[mx.array] = []
         layers = self.model.layers
-        self.model.layers = [_Tapped(layer, outputs) for layer in layers]
+        self.model.layers = cast("list[Block]", [_Tapped(layer, outputs) for layer in layers])
         try:
             logits, state, memory = self.model.forward_with_memory(tokens, state, eidetic_index=eidetic_index)
         finally:

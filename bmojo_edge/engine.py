@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import leaves
+from bmojo_edge.state import leaves, map_leaves
 from bmojo_edge.tensors import as_numpy
 from bmojo_edge.tokenizer import Tokenizer
 
@@ -43,6 +43,11 @@ def evaluate(logits: Any, state: Any) -> NDArray[np.float32]:
 
     Callers rebind their state first: a ring that an old state still holds is copied (docs/model.md, the state).
     """
+    return evaluate_rows(logits, state)[0]
+
+
+def evaluate_rows(logits: Any, state: Any) -> NDArray[np.float32]:
+    """The logits (b, v) of a batch in NumPy; otherwise as `evaluate`."""
     engine = type(logits).__module__.partition(".")[0]
     if engine == "mlx":
         import mlx.core as mx
@@ -51,7 +56,29 @@ def evaluate(logits: Any, state: Any) -> NDArray[np.float32]:
         mx.eval(logits, state)
     elif engine == "torch":
         logits = logits.detach().float().cpu()
-    return np.asarray(logits, dtype=np.float32)[0]
+    return np.asarray(logits, dtype=np.float32)
+
+
+def join_rows(states: Sequence[Any]) -> Any:
+    """One state with the rows of several, in order; their arrays have the same shapes but for the rows."""
+    engine = sys.modules[_MODULES.get(type(states[0].position).__module__.partition(".")[0], "numpy")]
+    return _settled(map_leaves(lambda *parts: engine.concatenate(list(parts), 0), *states))
+
+
+def take_rows(state: Any, rows: Sequence[int]) -> Any:
+    """A state of some rows of another, copied: it keeps nothing of the other in memory."""
+    chosen = as_engine(np.array(rows, np.int64), state.position)
+    return _settled(map_leaves(lambda leaf: leaf[chosen], state))
+
+
+_MODULES = {"mlx": "mlx.core", "torch": "torch"}
+
+
+def _settled(state: Any) -> Any:
+    """The state, evaluated where the engine is lazy, so that it no longer holds what it was made from."""
+    if type(state.position).__module__.partition(".")[0] == "mlx":
+        sys.modules["mlx.core"].eval(state)
+    return state
 
 
 def as_engine(array: np.ndarray, like: Any) -> Any:

@@ -96,6 +96,7 @@ class Continuation:
         self.finish_reason: str | None = None
         self._lm = lm
         self._max_tokens = max_tokens
+        self._taken = 0  # tokens chosen, the end-of-sequence token included
         self._sampler = Sampler(sampling, lm.config.vocab_size, [*context, *ids], rng)
         self._stop = StopStrings(stop)
         self._detokenizer = _tokenizer(lm).detokenizer()
@@ -107,26 +108,31 @@ class Continuation:
 
     def tokens(self) -> Iterator[Token]:
         """Generate until an end-of-sequence id, a stop string or `max_tokens`. It may be left at any token."""
-        eos_ids = _tokenizer(self._lm).eos_ids
-        for n in range(1, self._max_tokens + 1):
-            chosen = self._sampler.choose(self._advance())
-            text = ""
-            if chosen.id in eos_ids:
-                self.finish_reason = "stop"
-            else:
-                self.ids.append(chosen.id)
-                self.pending = [chosen.id]
-                text = self._stop.feed(self._detokenizer.feed(chosen.id))
-                self.finish_reason = "length" if n == self._max_tokens else None
-            if self.finish_reason is not None:
-                text += self._stop.feed(self._detokenizer.finish())
-                text += self._stop.finish()
-            if self._stop.hit:
-                self.finish_reason = "stop"
-            self.text += text
-            yield Token(text, chosen.id, chosen.logprob, self.finish_reason)
-            if self.finish_reason is not None:
-                return
+        while self.finish_reason is None and self._taken < self._max_tokens:
+            yield self.take(self._advance())
+
+    def take(self, logits: np.ndarray) -> Token:
+        """The next token, chosen from the logits (v,) that follow all ids so far; it becomes `pending`.
+
+        For callers that move the state themselves, as a batch of continuations does.
+        """
+        chosen = self._sampler.choose(logits)
+        self._taken += 1
+        text = ""
+        if chosen.id in _tokenizer(self._lm).eos_ids:
+            self.finish_reason = "stop"
+        else:
+            self.ids.append(chosen.id)
+            self.pending = [chosen.id]
+            text = self._stop.feed(self._detokenizer.feed(chosen.id))
+            self.finish_reason = "length" if self._taken == self._max_tokens else None
+        if self.finish_reason is not None:
+            text += self._stop.feed(self._detokenizer.finish())
+            text += self._stop.finish()
+        if self._stop.hit:
+            self.finish_reason = "stop"
+        self.text += text
+        return Token(text, chosen.id, chosen.logprob, self.finish_reason)
 
     def _advance(self) -> np.ndarray:
         """Feed what is pending; the logits (v,) that follow it."""

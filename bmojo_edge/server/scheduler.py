@@ -1,0 +1,200 @@
+"""Many continuations in one batch: who is read, who is decoded, whose state is kept.
+
+A step reads one block of one prompt and decodes one token of every running continuation, so a long prompt delays
+the others by a block and not by itself. All but the last token of a prompt is read alone; the last one enters the
+batch. This module calls the model; it knows nothing of HTTP, threads or time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bmojo_edge.engine import LM, evaluate, evaluate_rows, join_rows, take_rows
+from bmojo_edge.generate import Continuation, Token
+from bmojo_edge.sampling import LogitsError
+from bmojo_edge.server.kept import Ids, KeptStates
+
+ALONE = 4  # times the block that is read at once while nobody waits for a token
+
+
+class Said(NamedTuple):
+    """A generated token, and the likeliest tokens in its place with their natural-log probabilities."""
+
+    token: Token
+    likeliest: tuple[tuple[int, float], ...]
+
+
+class Counts(NamedTuple):
+    """How many continuations are where."""
+
+    waiting: int
+    reading: int
+    running: int
+    kept: int  # states
+
+
+class Job:
+    """One continuation: what is to be said, and to whom. `top`: how many of the likeliest tokens are told.
+
+    `tell` is called with every token, in order, or once with the exception that ended the job.
+    """
+
+    def __init__(self, run: Continuation, tell: Callable[[Said | Exception], None], top: int = 0) -> None:
+        self.run, self.tell, self.top = run, tell, top
+        self.prompt: Ids = np.array(run.pending, np.int32)
+        self.cached = 0  # tokens of the prompt that a kept state had taken in already
+        self.read = 0  # tokens of the prompt that `state` has taken in
+        self.state: Any = None  # of one row, until it enters the batch
+
+
+class Scheduler:
+    """Moves jobs forward, at most `max_running` at a time, holding at most `slots` states.
+
+    `block` is how many tokens of a prompt are read between two tokens of the others. The caches of full attention
+    grow, so models that have them are refused (ValueError).
+    """
+
+    def __init__(self, lm: LM, slots: int, max_running: int = 16, block: int = 128) -> None:
+        if lm.config.growing_layers:
+            raise ValueError(
+                "this model has full attention, whose state grows with every token; the server batches states of fixed "
+                "size: convert the model with --window"
+            )
+        if slots < 1 or max_running < 1 or block < 1:
+            raise ValueError(f"slots, max_running and block: must be at least 1, got {slots}, {max_running}, {block}")
+        self._lm, self._slots, self._block = lm, slots, block
+        self._max_running = min(max_running, slots)
+        self._waiting: deque[Job] = deque()
+        self._reading: deque[Job] = deque()
+        self._running: list[Job] = []  # in the order of the batch's rows
+        self._batch: Any = None  # their state, None without rows
+        self._kept = KeptStates()
+
+    @property
+    def counts(self) -> Counts:
+        """How many jobs are waiting, reading their prompt and decoding, and how many states are kept beside them."""
+        return Counts(len(self._waiting), len(self._reading), len(self._running), len(self._kept))
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._waiting or self._reading or self._running)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue."""
+        self._waiting.append(job)
+
+    def cancel(self, job: Job) -> None:
+        """End a job where it is, if it has not ended; its place is free at once."""
+        for queue in (self._waiting, self._reading):
+            if job in queue:
+                queue.remove(job)
+        if job in self._running:
+            self._leave([job])
+
+    def fail(self, error: Exception) -> None:
+        """End every job with an error: the batch cannot be trusted after the model has raised one."""
+        jobs = [*self._waiting, *self._reading, *self._running]
+        self._waiting.clear()
+        self._reading.clear()
+        self._running, self._batch = [], None
+        for job in jobs:
+            job.tell(error)
+
+    def step(self) -> None:
+        """Read a block of one prompt, then decode one token of every job whose prompt is read."""
+        self._admit()
+        self._read()
+        self._enter()
+        if self._running:
+            self._decode()
+
+    # --- reading
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._reading) + len(self._running) < self._max_running:
+            job = self._waiting.popleft()
+            found = self._kept.longest(job.prompt[:-1])
+            job.read = job.cached = 0 if found is None else len(found.ids)
+            job.state = self._lm.init_state() if found is None else found.state
+            self._reading.append(job)
+            self._make_room()
+
+    def _read(self) -> None:
+        """A block of the prompt whose turn it is."""
+        job = next((job for job in self._reading if job.read < len(job.prompt) - 1), None)
+        if job is None:
+            return
+        size = self._block if self._running else ALONE * self._block
+        ids = job.prompt[job.read : min(job.read + size, len(job.prompt) - 1)]
+        self._reading.remove(job)
+        self._reading.append(job)
+        logits, job.state = self._lm.prefill(ids[None], job.state)
+        evaluate(logits, job.state)
+        job.read += len(ids)
+
+    def _enter(self) -> None:
+        """Jobs whose prompt is read enter the batch; what they have read is kept as well, where there is room."""
+        ready = [job for job in self._reading if job.read == len(job.prompt) - 1]
+        if not ready:
+            return
+        self._batch = join_rows([*([] if self._batch is None else [self._batch]), *(job.state for job in ready)])
+        for job in ready:
+            self._reading.remove(job)
+            self._running.append(job)
+            job.run.pending = [int(job.prompt[-1])]
+            self._kept.put(job.prompt[:-1], job.state)
+            job.state = None
+        self._make_room()
+
+    def _make_room(self) -> None:
+        self._kept.shrink(self._slots - len(self._reading) - len(self._running))
+
+    # --- decoding
+
+    def _decode(self) -> None:
+        tokens = np.array([job.run.pending[0] for job in self._running], np.int32)
+        logits, self._batch = self._lm.decode_one_token(tokens, self._batch)
+        rows = evaluate_rows(logits, self._batch)
+        ended, broken = [], []
+        for job, row in zip(self._running, rows, strict=True):
+            job.run.pending = []
+            try:
+                token = job.run.take(row)
+            except LogitsError as error:
+                broken.append(job)
+                job.tell(error)
+                continue
+            job.tell(Said(token, likeliest(row, job.top)))
+            if token.finish_reason is not None:
+                ended.append(job)
+        self._leave(ended, broken)
+
+    def _leave(self, ended: Sequence[Job], broken: Sequence[Job] = ()) -> None:
+        """Jobs leave the batch; the states of those that `ended` are kept, where there is room."""
+        if not ended and not broken:
+            return
+        for job in ended:
+            ids = np.array([*job.prompt, *job.run.ids], np.int32)
+            ids = ids[: len(ids) - len(job.run.pending)]  # what the state has taken in
+            self._kept.put(ids, take_rows(self._batch, [self._running.index(job)]))
+        left = [i for i, job in enumerate(self._running) if job not in ended and job not in broken]
+        self._batch = take_rows(self._batch, left) if left else None
+        self._running = [self._running[i] for i in left]
+        self._make_room()
+
+
+def likeliest(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens under logits (v,), likeliest first, with natural-log probabilities."""
+    if not count:
+        return ()
+    count = min(count, logits.size)
+    top = np.argpartition(logits, -count)[-count:]
+    top = top[np.lexsort((top, -logits[top]))]
+    scores = logits.astype(np.float64) - logits.max()
+    scores -= np.log(np.exp(scores).sum())
+    return tuple((int(i), float(scores[i])) for i in top)

@@ -1,0 +1,101 @@
+"""`bmojo-edge serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bmojo_edge.cli.failures import Debug, clear_errors
+from bmojo_edge.cli.models import open_model
+from bmojo_edge.cli.terminal import console
+
+_LIMITS = "Limits"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@clear_errors
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model folder or hub id; left out: the default model.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; left out: its folder's.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="BMOJO_EDGE_API_KEY", help="Refuse requests without this key.")
+    ] = None,
+    state_mib: Annotated[
+        int, typer.Option(min=1, help="Memory for states, in MiB; decides --max-sessions.", rich_help_panel=_LIMITS)
+    ] = 1024,
+    max_sessions: Annotated[
+        int | None, typer.Option(min=1, help="States held at most, running and kept.", rich_help_panel=_LIMITS)
+    ] = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Answers computed in one batch at most.", rich_help_panel=_LIMITS)
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait at most; more get 429.", rich_help_panel=_LIMITS)
+    ] = 64,
+    max_prompt: Annotated[
+        int, typer.Option(min=1, help="The longest prompt, in tokens.", rich_help_panel=_LIMITS)
+    ] = 32_768,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest answer, in tokens.", rich_help_panel=_LIMITS)
+    ] = 4_096,
+    max_body: Annotated[int, typer.Option(min=1, help="The largest request, in bytes.", rich_help_panel=_LIMITS)] = 2
+    ** 20,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a request may take.", rich_help_panel=_LIMITS)
+    ] = 600.0,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to any client of OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Ctrl-C, or SIGTERM, takes no more requests and gives those that are open 10 seconds to finish.
+
+    [bold]Examples[/]
+
+    bmojo-edge serve
+
+    bmojo-edge serve DIR --port 8000 --state-mib 4096
+
+    BMOJO_EDGE_API_KEY=secret bmojo-edge serve DIR --host 0.0.0.0
+    """
+    if api_key == "":
+        raise typer.BadParameter("--api-key: is empty; leave it out to serve without a key")
+    import uvicorn
+
+    from bmojo_edge.onnx_runner import OnnxModel
+    from bmojo_edge.server.app import Limits, build
+
+    lm = open_model(model)
+    if isinstance(lm, OnnxModel):
+        raise typer.BadParameter("MODEL: an ONNX export runs one sequence at a time; serve the folder it was made from")
+    slot = lm.config.state_bytes()
+    slots = max_sessions or state_mib * 2**20 // slot
+    if slots == 0:
+        raise typer.BadParameter(
+            f"--state-mib: a state of this model takes {slot / 2**20:.1f} MiB, more than the {state_mib} there are"
+        )
+    folder = lm.tokenizer.folder if lm.tokenizer is not None else None
+    name = name or (folder.resolve().name if folder is not None else Path(model or "model").name)
+    limits = Limits(
+        slots=slots,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_prompt=max_prompt,
+        max_tokens=max_tokens,
+        max_body=max_body,
+        timeout=timeout,
+    )
+    app = build(lm, name, limits, api_key)
+    console.print(
+        f"{escape(name)}: {slots:,} sessions of {slot / 2**20:.1f} MiB each, up to {min(max_running, slots)} answered "
+        f"at a time"
+    )
+    if host not in _LOOPBACK and api_key is None:
+        console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=10, server_header=False)

@@ -1,0 +1,148 @@
+"""What may be asked: the bodies of OpenAI's API as far as they are supported, checked field by field.
+
+A field that would change the answer and is not supported is refused by name; fields that only label a request are
+taken and ignored. This module knows no HTTP and no model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from bmojo_edge.generate import Options, Prompt
+
+MAX_STOPS = 16
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """`include_usage`: one more chunk at the end, with the usage."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextPart(_Strict):
+    """A piece of a message; only text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates read it; templates know no "developer"."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class _Request(_Strict):
+    """What both kinds have in common."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # this and the two below are ours, as mlx-lm and vLLM have them
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Literal[1] | None = None
+    frequency_penalty: float | None = Field(default=None, ge=0.0, le=0.0)  # what is not supported must be off
+    presence_penalty: float | None = Field(default=None, ge=0.0, le=0.0)
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} strings, got {len(stop)}")
+        return stop
+
+    def options(self, max_tokens: int) -> Options:
+        """As `generate.stream` takes them; temperature and top_p are 1 where none is given, as OpenAI's API has it."""
+        return {
+            "max_tokens": max_tokens,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "seed": None if self.seed is None else self.seed % 2**64,
+            "stop": () if self.stop is None else self.stop,
+        }
+
+
+class ChatRequest(_Request):
+    """The body of /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def text(self) -> Prompt:
+        """What is to be continued: the messages."""
+        return [message.plain() for message in self.messages]
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to tell; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    """The body of /v1/completions."""
+
+    prompt: str | list[int] | list[str]
+    max_tokens: int | None = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, prompt: str | list[int] | list[str]) -> str | list[int] | list[str]:
+        if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str):
+            raise ValueError(f"one prompt a request, got {len(prompt)}")
+        return prompt
+
+    @property
+    def text(self) -> Prompt:
+        """What is to be continued: a text, or ids."""
+        prompt: Any = self.prompt
+        return prompt[0] if isinstance(prompt, list) and prompt and isinstance(prompt[0], str) else prompt
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens asked for."""
+        return self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to tell; None: no log-probabilities at all."""
+        return self.logprobs

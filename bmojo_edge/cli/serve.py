@@ -94,7 +94,8 @@ def serve(
     app = build(lm, name, limits, api_key)
     console.print(
         f"{escape(name)}: {slots:,} sessions of {slot / 2**20:.1f} MiB each, up to {min(max_running, slots)} answered "
-        f"at a time"
+        f"at a time",
+        soft_wrap=True,
     )
     if host not in _LOOPBACK and api_key is None:
         console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")

@@ -75,6 +75,7 @@ class Service:
         scheduler = Scheduler(lm, limits.slots, limits.max_running)
         self.worker = Worker(scheduler, min(limits.max_running, limits.slots) + limits.max_waiting)
         self.created = int(time.time())
+        self._watching: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
     async def answer(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The response to a request for text. Raises Refused."""
@@ -98,7 +99,11 @@ class Service:
             raise Refused(429, "the server is busy; try again in a moment", "rate_limit_error", "busy") from None
         except Closed:
             raise Refused(503, "the server is shutting down", "server_error", "shutting_down") from None
-        said = self._said(job, events, request, deadline)
+        # Begun here: a response whose client is gone already may never ask for its first token.
+        gone = asyncio.ensure_future(self._until_gone(request, job))
+        self._watching.add(gone)
+        gone.add_done_callback(self._watching.discard)
+        said = self._said(job, events, gone, deadline)
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -124,11 +129,10 @@ class Service:
         return Job(run, tell, asked.top or 0)
 
     async def _said(
-        self, job: Job, events: asyncio.Queue[Said | Exception], request: Request, deadline: float
+        self, job: Job, events: asyncio.Queue[Said | Exception], gone: asyncio.Future[None], deadline: float
     ) -> AsyncIterator[Said]:
         """The tokens of a job; however this is left, the job has ended. Raises Refused or Vanished."""
         loop = asyncio.get_running_loop()
-        gone = asyncio.ensure_future(_disconnected(request))
         try:
             while True:
                 event = asyncio.ensure_future(events.get())
@@ -156,6 +160,11 @@ class Service:
         finally:
             gone.cancel()
             self.worker.cancel(job)
+
+    async def _until_gone(self, request: Request, job: Job) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.worker.cancel(job)
 
     async def _chunks(
         self, said: AsyncIterator[Said], job: Job, answer: Answer, wants_usage: bool
@@ -245,11 +254,6 @@ def _model(service: Service) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "bmojo-edge"}
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _refused(_: Request, error: Any) -> Response:
     response = reply(error.status, error.body)
     if error.status == 429:
@@ -263,7 +267,9 @@ async def _vanished(*_: Any) -> Response:
 
 async def _invalid(_: Request, error: Any) -> Response:
     found = error.errors()  # several where a field may be of several kinds
-    fields = [".".join(str(part) for part in one["loc"][1:]) or "body" for one in found]
+    fields = [
+        "body" if one["type"] == "json_invalid" else ".".join(map(str, one["loc"][1:])) or "body" for one in found
+    ]
     message = "; ".join(f"{field}: {one['msg']}" for field, one in zip(fields[:4], found, strict=False))
     return reply(400, answers.error(message, "invalid_request_error", fields[0]))
 

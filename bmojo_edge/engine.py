@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +80,33 @@ def _settled(state: Any) -> Any:
     if type(state.position).__module__.partition(".")[0] == "mlx":
         sys.modules["mlx.core"].eval(state)
     return state
+
+
+def token_logprobs(logits: Any, targets: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Natural-log probabilities (b, t) of targets (b, t) under logits (b, t, v), and whether each is the likeliest.
+
+    The state is evaluated beside them where the engine is lazy; rows of the vocabulary never leave the device.
+    """
+    engine = type(logits).__module__.partition(".")[0]
+    if engine == "mlx":
+        import mlx.core as mx
+
+        logits, ids = logits.astype(mx.float32), mx.array(targets)
+        found = mx.take_along_axis(logits, ids[..., None], -1)[..., 0] - mx.logsumexp(logits, -1)
+        best = mx.argmax(logits, -1) == ids
+        mx.eval(found, best, state)
+    else:
+        torch = sys.modules["torch"]
+        logits, ids = logits.float(), torch.from_numpy(targets).to(logits.device)
+        found = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
+        best = (logits.argmax(-1) == ids).cpu()
+    return np.asarray(found), np.asarray(best)
+
+
+def without_gradients() -> AbstractContextManager[Any]:
+    """A context in which an engine that can differentiate keeps nothing for it."""
+    torch = sys.modules.get("torch")
+    return nullcontext() if torch is None else torch.no_grad()
 
 
 def as_engine(array: np.ndarray, like: Any) -> Any:

@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from bmojo_edge import __version__
-from bmojo_edge.cli import chat, convert, data, doctor, export, generate, info, inspect, memory, parity, serve, train
+from bmojo_edge.cli import (
+    chat,
+    convert,
+    data,
+    doctor,
+    eval,
+    export,
+    generate,
+    info,
+    inspect,
+    memory,
+    parity,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="bmojo-edge",
@@ -24,6 +38,7 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)
+app.command("eval")(eval.evaluate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(memory.app, name="memory")

@@ -228,11 +228,11 @@ class Decode(Graph):
         names = [name for name, _ in leaves(spec, prefix)]
         values = iter(state[name] for name in names)
         held = map_leaves(lambda _: next(values), spec)
-        if self.size == 1:
+        if isinstance(mixer, Mamba):
+            y, held = _mamba(mixer, u, held)
+        elif self.size == 1:
             y, held = mixer.step(u[:, 0], held, _NO_STEP)
             y = y[:, None]
-        elif isinstance(mixer, Mamba):
-            y, held = _mamba(mixer, u, held)
         else:
             y, held = mixer(u, held, self._layout(u))
         state.update(zip(names, (leaf for _, leaf in leaves(held)), strict=True))
@@ -289,14 +289,26 @@ class Decode(Graph):
         mask = _hidden_where(slots <= age, q)[:, None]
         return _Read(q, state[f"{prefix}.k"], state[f"{prefix}.v"], mask)
 
+    def _scores(self, heard: Tensor) -> Tensor:
+        """Innovation scores (b, T) of the last T of `heard` (b, taps + T, d), without the twin's updates in place."""
+        rule, size = self.config.innovation, self.size
+        taps = rule.coefficients()
+        now = heard[:, len(taps) :]
+        miss = now
+        for back, c in enumerate(taps, 1):
+            miss = miss - c * heard[:, len(taps) - back : len(taps) - back + size]
+        score = miss.square().sum(-1)
+        return score if rule.error == "l2" else score / (now.square().sum(-1) + 1e-6)
+
     def _bmojo(self, mixer: BMojo, i: int, u: Tensor, state: State, plan: _Plan) -> Tensor:
         config, prefix = self.config, f"layers.{i}"
         y = None if mixer.ssm is None else self._ssm(mixer.ssm, u, f"{prefix}.ssm", state)
         if config.n_eidetic:
             signal = y if y is not None and mixer.reads_ssm else u
             past = state[f"{prefix}.history"]
-            scores = mixer._scores(signal, past)
-            state[f"{prefix}.history"] = torch.cat([past, signal], dim=1)[:, self.size :]
+            heard = torch.cat([past, signal], dim=1)
+            scores = self._scores(heard)
+            state[f"{prefix}.history"] = heard[:, self.size :]
             ring = state[f"{prefix}.window.scores"]
             state[f"{prefix}.window.scores"] = _ring(ring[..., None], scores[..., None], plan)[..., 0]
         x = mixer._project(u, y)
@@ -424,9 +436,10 @@ def _mamba(mixer: Mamba, u: Tensor, state: MambaState) -> tuple[Tensor, MambaSta
     dt = F.softplus(dt + mixer.dt_proj.bias)
     decay = torch.exp(dt[..., None] * A)  # (b, T, d, n)
     s = (dt * x)[..., None] * B[:, :, None]
-    s = torch.cat([s[:, :1] + decay[:, :1] * state.ssm[:, None], s[:, 1:]], dim=1)
+    first, size = s[:, :1] + decay[:, :1] * state.ssm[:, None], int(u.shape[1])
+    s = torch.cat([first, s[:, 1:]], dim=1) if size > 1 else first  # Core ML has no empty arrays
     reach = 1
-    while reach < x.shape[1]:  # after a pass, s holds what `2 reach` tokens left
+    while reach < size:  # after a pass, s holds what `2 reach` tokens left
         s = torch.cat([s[:, :reach], s[:, reach:] + decay[:, reach:] * s[:, :-reach]], dim=1)
         decay = torch.cat([decay[:, :reach], decay[:, reach:] * decay[:, :-reach]], dim=1)
         reach *= 2

@@ -28,6 +28,16 @@ class Weights(StrEnum):
     int4 = "int4"
 
 
+class HalfWeights(StrEnum):
+    """How a Core ML export may hold its matrices."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+    palettized4 = "palettized4"
+
+
 @app.callback()
 def _export() -> None:
     pass
@@ -63,7 +73,46 @@ def onnx(
     quantize = None if weights is Weights.float32 else weights.value
     with progress_bar() as progress:
         to_onnx(model, out, quantize=quantize, overwrite=overwrite, progress=progress)
-    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    _report(out, json)
+
+
+@app.command("coreml")
+@clear_errors
+def coreml(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    weights: Annotated[
+        HalfWeights,
+        typer.Option(
+            help="int8, int4: blocks of 32 with a scale each; palettized4: 16 values for every 16 channels; "
+            "float32: arithmetic in float32 too."
+        ),
+    ] = HalfWeights.float16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Export to Core ML: one package for iOS 18 and macOS 15 with half-precision states, a manifest and the tokenizer.
+
+    The package is converted, not run: Core ML itself is on Apple systems only. Layers whose cache grows are refused.
+
+    [bold]Examples[/]
+
+    bmojo-edge export coreml smollm2-w1024 --out smollm2-coreml
+
+    bmojo-edge export coreml smollm2-w1024 --out smollm2-int4 --weights int4
+    """
+    from bmojo_convert.to_coreml import to_coreml
+
+    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
+    with progress_bar() as progress:
+        to_coreml(model, out, weights=weights.value, overwrite=overwrite, progress=progress)
+    _report(out, json)
+
+
+def _report(out: Path, json: bool) -> None:
+    """What was written: a line a file, or one JSON object."""
+    files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     if json:
         print(json_format.dumps({"path": str(out), "files": files}))
         return

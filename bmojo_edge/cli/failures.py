@@ -30,6 +30,7 @@ _INSTALL = {
     "pypdf": "pip install 'bmojo-edge[memory]'",
     "onnx": "pip install 'bmojo-edge[onnx]'",
     "coremltools": "pip install 'bmojo-edge[coreml]'",
+    "sklearn": "pip install 'bmojo-edge[coreml]'",
 }
 
 

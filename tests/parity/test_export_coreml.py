@@ -162,7 +162,7 @@ def test_fewer_bits(weights: str, tmp_path: Path) -> None:
     config = odd("bmojo", d_model=64, d_ff=96, head_dim=32, vocab_size=64, n_eidetic=0, tie_embeddings=True)
     folder = exported(tmp_path, config, weights)
     got, want, _ = compared(folder, config, "float16")
-    assert rms_ratio(got, want) < {"int8": 0.1, "int4": 0.7, "palettized4": 0.7}[weights]  # random weights
+    assert rms_ratio(got, want) < {"int8": 0.1, "int4": 0.3, "palettized4": 0.3}[weights]  # random weights
     kinds = Host(folder).package.operations("decode")
     assert ("constexpr_lut_to_dense" if weights == "palettized4" else "constexpr_blockwise_shift_scale") in kinds
 

@@ -1,13 +1,16 @@
 """The public face of bmojo-edge: `load`, `generate`, `stream`, `Session`, `Config` and the submodules behind them.
 
 Names are imported when first used, so `import bmojo_edge` loads neither MLX, PyTorch nor typer, and each engine works
-where the other is not installed. This module knows where names live and nothing else.
+where the other is not installed. mlx-lm, when it is imported, knows our model folders from then on (mlx_lm_plugin.py).
+This module knows where names live and nothing else.
 """
 
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from bmojo_edge import mlx_lm_plugin
 
 if TYPE_CHECKING:
     from bmojo_edge import checkpoint, config, mlx, reference, torch
@@ -75,3 +78,4 @@ class _Face(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Face
+mlx_lm_plugin.register()

@@ -18,6 +18,7 @@ import numpy as np
 
 from bmojo_edge import golden
 from bmojo_edge.config import Config, ConfigError
+from bmojo_edge.mlx_lm_plugin import MODEL_FILE, SOURCE
 from bmojo_edge.parameters import parameter_shapes
 from bmojo_edge.quantize import is_quantizable, packed_shapes, quantize
 from bmojo_edge.staging import backup_of, staged
@@ -38,6 +39,7 @@ __all__ = ["CONFIG", "GENERATION", "TOKENIZER_FILES", "CheckpointError", "read",
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+MODEL_CARD = "README.md"  # mlx-lm writes one
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -140,14 +142,17 @@ def check_replaceable(folder: Path, overwrite: bool = True) -> None:
 
 
 def _is_part(name: str) -> bool:
-    known = (CONFIG, GENERATION, INDEX, golden.FILE, *TOKENIZER_FILES)
+    known = (CONFIG, GENERATION, INDEX, golden.FILE, MODEL_FILE, MODEL_CARD, *TOKENIZER_FILES)
     return name in known or (name.startswith("model") and name.endswith(".safetensors"))
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.json, last of all: without it a folder is no model."""
-    content = config.to_dict()
-    if config.quantization is not None:  # mlx-lm writes both keys
+    """Write the model file that mlx-lm runs and, last of all, config.json: without it a folder is no model."""
+    shutil.copyfile(SOURCE, folder / MODEL_FILE)
+    content = {**config.to_dict(), "model_file": MODEL_FILE}
+    if config.quantization is None:
+        del content["quantization"]  # where the key is, mlx-lm takes the model for a quantised one
+    else:  # mlx-lm writes both keys
         content["quantization_config"] = content["quantization"]
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 

@@ -209,4 +209,5 @@ def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
 def test_no_vocabulary(tmp_path: Path) -> None:
     """A file without a tokenizer converts to a folder without one."""
     out = convert(foreign.write_gguf(foreign.model("llama"), tmp_path / "m.gguf"), tmp_path / "out")
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "golden.safetensors", "model.safetensors"]
+    made = sorted(path.name for path in out.iterdir())
+    assert made == ["bmojo_model.py", "config.json", "golden.safetensors", "model.safetensors"]

@@ -83,7 +83,8 @@ def test_shards(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read[name], array)
     # Saving again as one file leaves no shard of before.
     checkpoint.save(tmp_path / "model", CONFIG, weights)
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    left = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert left == ["bmojo_model.py", "config.json", "model.safetensors"]
 
 
 def test_reading_is_lazy(folder: Path) -> None:
@@ -101,7 +102,7 @@ def test_tokenizer_files(tmp_path: Path) -> None:
         (tokenizer / name).write_text(name)
     weights = random_weights(CONFIG)
     checkpoint.save(tmp_path / "a", CONFIG, weights, tokenizer=tokenizer)
-    copied = {path.name for path in (tmp_path / "a").iterdir()} - {"config.json", "model.safetensors"}
+    copied = {path.name for path in (tmp_path / "a").iterdir()} - {"bmojo_model.py", "config.json", "model.safetensors"}
     assert copied == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     checkpoint.save(tmp_path / "b", CONFIG, weights, tokenizer=str(tokenizer / "tokenizer.json"))
     assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokenizer.json"

@@ -46,7 +46,6 @@ class Blocked:
         if name.partition(".")[0] in ("bmojo_edge", "bmojo_metal", "bmojo_cuda", "bmojo_convert"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
-sys.path[:] = [p for p in sys.path if "bmojo" not in p]
 """
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from apps.repro.sweep import EIDETIC, RESULTS, STATE, Row
+from apps.repro.cells import EIDETIC, STATE, Row
+from apps.repro.sweep import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 ORDER = ("transformer", "bmojo", "bmojo-f", "hybrid", "mamba", "window")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bmojo_cuda.scan import MAX_STATES
 from bmojo_edge import Config
 from bmojo_edge.config import SSM, Innovation
 from bmojo_edge.state import leaves, spec_bytes, state_spec
@@ -21,8 +22,8 @@ def _attention(base: dict[str, Any], window: int | None) -> Config:
     return Config(layer_types=("attention",) * LAYERS, attention_window=window, rope_theta=ROPE_THETA, **base)
 
 
-def _ssm(d_state: int) -> SSM:
-    return SSM(kind="mamba", d_state=d_state)
+def _ssm(d_state: int, expand: int) -> SSM:
+    return SSM(kind="mamba", d_state=d_state, expand=expand)
 
 
 def transformer(base: dict[str, Any], **_: Any) -> Config:
@@ -35,20 +36,21 @@ def sliding_window(base: dict[str, Any], window: int, **_: Any) -> Config:
     return _attention(base, window)
 
 
-def mamba(base: dict[str, Any], d_state: int, **_: Any) -> Config:
+def mamba(base: dict[str, Any], d_state: int, expand: int, **_: Any) -> Config:
     """The SSM alone."""
-    return Config(layer_types=("mamba",) * LAYERS, ssm=_ssm(d_state), **base)
+    return Config(layer_types=("mamba",) * LAYERS, ssm=_ssm(d_state, expand), **base)
 
 
-def hybrid(base: dict[str, Any], window: int, d_state: int, **_: Any) -> Config:
+def hybrid(base: dict[str, Any], window: int, d_state: int, expand: int, **_: Any) -> Config:
     """Mamba, then attention over a window: a Jamba in small."""
-    return Config(layer_types=("mamba", "attention"), attention_window=window, ssm=_ssm(d_state), **base)
+    return Config(layer_types=("mamba", "attention"), attention_window=window, ssm=_ssm(d_state, expand), **base)
 
 
 def bmojo(
     base: dict[str, Any],
     window: int,
     d_state: int,
+    expand: int,
     n_eidetic: int,
     n_fading: int | None = None,
     chunk: int | None = None,
@@ -57,7 +59,7 @@ def bmojo(
     """B'MOJO; without eidetic slots it is B'MOJO-F."""
     return Config(
         layer_types=("bmojo",) * LAYERS,
-        ssm=_ssm(d_state),
+        ssm=_ssm(d_state, expand),
         window=window,
         n_eidetic=n_eidetic,
         n_fading=n_fading,
@@ -78,13 +80,20 @@ MODELS: dict[str, Callable[..., Config]] = {
 
 
 def config_of(
-    model: str, vocab_size: int, d_model: int, window: int, n_eidetic: int, d_state: int, **options: Any
+    model: str,
+    vocab_size: int,
+    d_model: int,
+    window: int,
+    n_eidetic: int,
+    d_state: int = 16,
+    expand: int = 2,
+    **options: Any,
 ) -> Config:
     """The configuration of a cell. `options` are B'MOJO's own: n_fading, chunk, innovation."""
     heads = d_model // HEAD_DIM
     base = {"vocab_size": vocab_size, "d_model": d_model, "n_heads": heads, "tie_embeddings": False}
     eidetic = n_eidetic if model == "bmojo" else 0
-    return MODELS[model](base, window=window, d_state=d_state, n_eidetic=eidetic, **options)
+    return MODELS[model](base, window=window, d_state=d_state, expand=expand, n_eidetic=eidetic, **options)
 
 
 def memory_bytes(config: Config, tokens: int) -> dict[str, int]:
@@ -108,9 +117,12 @@ def memory_bytes(config: Config, tokens: int) -> dict[str, int]:
     return {**found, "total": total}
 
 
-def matching_state(model: str, budget: int, tokens: int, **sizes: Any) -> int:
-    """The least power of two for `d_state` that remembers `budget` bytes or more: equal memory, in the SSM's favour."""
-    d_state = 16
-    while memory_bytes(config_of(model, d_state=d_state, **sizes), tokens)["total"] < budget:
-        d_state *= 2
-    return d_state
+def matching_state(model: str, budget: int, tokens: int, **sizes: Any) -> dict[str, int]:
+    """The least doubling of the SSM's state that remembers `budget` bytes or more: equal memory, in the SSM's favour.
+
+    `d_state` grows to what the kernels take, then `expand`, which adds parameters too.
+    """
+    d_state, expand = 16, 2
+    while memory_bytes(config_of(model, d_state=d_state, expand=expand, **sizes), tokens)["total"] < budget:
+        d_state, expand = (2 * d_state, expand) if d_state < MAX_STATES else (d_state, 2 * expand)
+    return {"d_state": d_state, "expand": expand}

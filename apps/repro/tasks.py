@@ -32,8 +32,11 @@ class Task(NamedTuple):
 
 def _distinct(rng: Generator, n: int, low: int, high: int, count: int) -> np.ndarray:
     """n rows of `count` different integers of [low, high), in random order; some rows at a time, to spare memory."""
-    rows = [rng.random((min(1024, n - i), high - low)).argsort(axis=1)[:, :count] for i in range(0, n, 1024)]
-    return np.concatenate(rows) + low
+    if count == high - low:
+        return rng.permuted(np.tile(np.arange(low, high), (n, 1)), axis=1)
+    draws = (rng.random((min(1024, n - i), high - low), np.float32) for i in range(0, n, 1024))
+    rows = np.concatenate([draw.argpartition(count, axis=1)[:, :count] for draw in draws])
+    return rng.permuted(rows, axis=1) + low
 
 
 def _empty(tokens: np.ndarray) -> np.ndarray:

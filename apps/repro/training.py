@@ -90,7 +90,7 @@ def schedule(recipe: Recipe, steps: int) -> list[float]:
 
 
 class Run:
-    """One model in training; `epoch()` enqueues one pass over the examples and says nothing of when it ends."""
+    """One model in training; `advance()` enqueues a step and says nothing of when it ends."""
 
     def __init__(self, config: Config, train: Examples, test: Examples, recipe: Recipe, device: torch.device) -> None:
         torch.manual_seed(recipe.seed)
@@ -116,6 +116,7 @@ class Run:
             group["lr"] = torch.tensor(recipe.lr, device=device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager = self.ahead = 0  # steps run without a graph, steps left in this epoch
         self.began = time.perf_counter()
 
     def _train_step(self) -> None:
@@ -142,33 +143,34 @@ class Run:
         self.order.copy_(torch.from_numpy(order))
         self.batch.zero_()
 
-    def _capture(self) -> None:
-        """The step as a graph; the eager steps it needs before it are the first steps of training."""
-        for _ in range(WARM_UP_STEPS):
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; the eager steps it needs before it were the first steps of training."""
+        torch.cuda.synchronize()  # no other run may allocate while this one is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
             self._train_step()
-        assert self.stream is not None
-        self.stream.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self._train_step()
+        return graph
 
-    def epoch(self) -> None:
-        """Enqueue one pass over the training examples."""
-        if self.stream is None:
+    def begin_epoch(self) -> None:
+        """Put the training examples in a new order."""
+        with torch.cuda.stream(self.stream):
             self._reshuffle()
-            for _ in range(self.batches):
+        self.ahead = self.batches
+
+    def advance(self) -> None:
+        """Enqueue one step, if the epoch has one left."""
+        if not self.ahead:
+            return
+        with torch.cuda.stream(self.stream):
+            if self.stream is None or self.eager < WARM_UP_STEPS:
                 self._train_step()
-        else:
-            with torch.cuda.stream(self.stream):
-                self._reshuffle()
-                first = 0
+                self.eager += 1
+            else:
                 if self.graph is None:
-                    self._capture()
-                    first = WARM_UP_STEPS
-                assert self.graph is not None
-                for _ in range(first, self.batches):
-                    self.graph.replay()
-        self.outcome.steps += self.batches
+                    self.graph = self._captured()
+                self.graph.replay()
+        self.ahead -= 1
+        self.outcome.steps += 1
 
     @torch.no_grad()
     def answers(self, tokens: Tensor, targets: Tensor, columns: Tensor) -> float:
@@ -218,10 +220,13 @@ def train_together(
                 left = False
             else:
                 active.append(start())
-        if not more_time():
+        if not active or not more_time():
             return
         for run in active:
-            run.epoch()
+            run.begin_epoch()
+        for _ in range(max(run.batches for run in active)):  # in turns: a queue that is full makes the host wait
+            for run in active:
+                run.advance()
         for run in [run for run in active if run.evaluate()]:
             active.remove(run)
             yield run

@@ -10,10 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from apps.repro import sweep  # noqa: E402
+from apps.repro import cells, sweep  # noqa: E402
+from apps.repro.inside import what_is_kept  # noqa: E402
+from apps.repro.ledger import Ledger  # noqa: E402
 from apps.repro.models import MODELS, config_of, matching_state, memory_bytes  # noqa: E402
 from apps.repro.tasks import IGNORED, TASKS, Examples  # noqa: E402
 from apps.repro.training import Recipe, Run, _queries, groups, schedule, train_together  # noqa: E402
+from bmojo_edge.torch import Model  # noqa: E402
 
 SIZES = {"vocab_size": 16, "d_model": 32, "window": 8, "n_eidetic": 8}
 CPU = torch.device("cpu")
@@ -81,9 +84,11 @@ def test_memory_is_that_of_the_state() -> None:
 
 def test_equal_memory_favours_the_ssm() -> None:
     budget = memory_bytes(config_of("bmojo", d_state=16, **SIZES), 256)["total"]
-    d_state = matching_state("mamba", budget, 256, **SIZES)
+    d_state = matching_state("mamba", budget, 256, **SIZES)["d_state"]
     assert memory_bytes(config_of("mamba", d_state=d_state, **SIZES), 256)["total"] >= budget
     assert memory_bytes(config_of("mamba", d_state=d_state // 2, **SIZES), 256)["total"] < budget
+    large = matching_state("mamba", 100 * budget, 256, **SIZES)
+    assert large["d_state"] == 256 and large["expand"] > 2
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -94,13 +99,13 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_sweep_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = [sweep.Cell("window", 1, lr, task="induction_heads", seq_len=16) for lr in (1e-3, 1e-2)]
+    planned_cells = [cells.Cell("window", 1, lr, task="induction_heads", seq_len=16) for lr in (1e-3, 1e-2)]
 
-    def planned(rows: object) -> list[sweep.Cell]:
+    def planned(rows: object) -> list[cells.Cell]:
         """Two learning rates."""
-        return cells
+        return planned_cells
 
-    monkeypatch.setitem(sweep.STAGES, "recall", planned)
+    monkeypatch.setitem(cells.STAGES, "recall", planned)
     arguments = ["--stage", "recall", "--device", "cpu", "--train", "128", "--epochs", "1", "--out", str(tmp_path)]
     main(monkeypatch, *arguments, "--minutes", "0")
     assert not [*tmp_path.iterdir()] and "out of time" in capsys.readouterr().err
@@ -124,20 +129,46 @@ def test_sweep_goes_on_where_it_stopped(
         assert name in found["rows"][0]
     capsys.readouterr()
     main(monkeypatch, *arguments)
-    assert "0 of 2 cells left" in capsys.readouterr().out
+    assert "0 cells ended" in capsys.readouterr().out
     main(monkeypatch, *arguments[:-4], "--epochs", "2", "--out", str(tmp_path), "--list")
     assert " 2 " in capsys.readouterr().out  # another recipe is another result
 
 
 def test_seeds_follow_the_best_rate() -> None:
-    rows = [{**cell.key(), "accuracy": cell.lr == 3e-3, "steps": 1} for cell in sweep.stage_recall([])]
-    cells = sweep.stage_seeds(rows)
-    assert len(cells) == 2 * len(sweep.stage_recall([])) / 3
-    assert {cell.lr for cell in cells} == {3e-3} and {cell.seed for cell in cells} == {1, 2}
-    assert all(cell.lr == 3e-3 for cell in sweep.stage_choices(rows)) and len(sweep.stage_choices(rows)) == 12
+    rows = [{**cell.key(), "accuracy": cell.lr == 3e-3, "steps": 1} for cell in cells.stage_recall([])]
+    found = cells.stage_seeds(rows)
+    assert len(found) == 2 * len(cells.stage_recall([])) / 3
+    assert {cell.lr for cell in found} == {3e-3} and {cell.seed for cell in found} == {1, 2}
+    assert all(cell.lr == 3e-3 for cell in cells.stage_choices(rows)) and len(cells.stage_choices(rows)) == 12
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
     (tmp_path / "mqar.json").write_text('{"rows"')
     with pytest.raises(SystemExit, match=r"mqar\.json"):
-        sweep.Results(tmp_path)
+        Ledger(tmp_path, tmp_path / "claims")
+
+
+def test_a_cell_is_given_out_once(tmp_path: Path) -> None:
+    plan = [cells.Cell("window", 1, lr, task="induction_heads") for lr in (1e-3, 1e-2)]
+    one, other = (Ledger(tmp_path, tmp_path / "claims") for _ in range(2))
+    assert one.claim(lambda _: plan) == plan[0]
+    assert other.claim(lambda _: plan) == plan[1]
+    assert one.claim(lambda _: plan) is None
+    one.add({**plan[0].key(), "accuracy": 1.0})
+    again = Ledger(tmp_path, tmp_path / "claims of the next run")
+    assert again.claim(lambda _: plan) == plan[1]
+    assert [row["lr"] for row in other.rows()] == [1e-3]
+
+
+def test_what_is_kept_is_what_the_memory_holds() -> None:
+    config = config_of("bmojo", **{**SIZES, "vocab_size": 8192})
+    torch.manual_seed(0)
+    tokens, targets = TASKS["mqar"].make(np.random.default_rng(0), 3, 48, 8)
+    found = what_is_kept(Model(config), tokens, targets, 8)
+    for share, rows in zip(found["share"], found["positions"], strict=True):
+        assert all(len(row) == SIZES["n_eidetic"] and max(row) < 48 - SIZES["window"] for row in rows)
+        held = np.zeros((3, 48), bool)
+        for row, positions in enumerate(rows):
+            held[row, positions] = True
+        assert share["keys"] == held[:, 0:16:2].mean() and share["values"] == held[:, 1:16:2].mean()
+        assert share["queries"] == held[targets != IGNORED].mean()

@@ -1,0 +1,169 @@
+"""What the comparison runs: cells, each one model on one task with one recipe, and stages of them by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apps.repro.models import config_of, matching_state, memory_bytes
+from apps.repro.tasks import TASKS
+
+RATES = (1e-3, 3e-3, 1e-2)
+WINDOW, EIDETIC, STATE = 32, 128, 16
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task with one recipe: what a row of the results is about."""
+
+    model: str
+    pairs: int
+    lr: float
+    seed: int = 0
+    task: str = "mqar"
+    seq_len: int = 256
+    d_model: int = 64
+    window: int = WINDOW
+    n_eidetic: int = EIDETIC
+    d_state: int = STATE
+    expand: int = 2
+    ssm_lr: float = 1.0
+    train: int = 20_000  # examples
+    epochs: int = 32  # at most
+    batch: int = 128
+    options: tuple[tuple[str, Any], ...] = field(default=())  # B'MOJO's own fields
+
+    def sizes(self) -> dict[str, Any]:
+        """The keyword arguments of `config_of` that do not name the state."""
+        vocab = TASKS[self.task].vocab_size
+        found = {"d_model": self.d_model, "window": self.window, "n_eidetic": self.n_eidetic}
+        return {"vocab_size": vocab, **found, **{name: _table(value) for name, value in self.options}}
+
+    def key(self) -> Row:
+        """The fields that make a row this cell's."""
+        found = {**asdict(self), "options": {name: _table(value) for name, value in self.options}}
+        return {**found, "n_eidetic": self.n_eidetic if self.model == "bmojo" else 0}
+
+
+def _table(value: Any) -> Any:
+    """A value of `options`; tables are tuples of pairs there, to be hashable."""
+    return dict(value) if isinstance(value, tuple) else value
+
+
+def _best_rates(rows: Iterable[Row], like: Cell) -> list[Cell]:
+    """`like` with the learning rate that its seed 0 did best with; empty until all have been tried."""
+    free = ("lr", "seed", "train", "epochs", "batch")
+    fields = {name: value for name, value in like.key().items() if name not in free}
+    tried = [row for row in rows if row["seed"] == 0 and all(row[name] == fields[name] for name in fields)]
+    if not {row["lr"] for row in tried}.issuperset(RATES):
+        return []
+    best = max(tried, key=lambda row: (row["accuracy"], -row["steps"]))
+    return [Cell(**{**_arguments(like), "lr": best["lr"]})]
+
+
+def _arguments(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in cell.__dataclass_fields__}
+
+
+def changed(cells: Iterable[Cell], **changes: Any) -> list[Cell]:
+    """Cells with other values in some fields."""
+    return [Cell(**{**_arguments(cell), **changes}) for cell in cells]
+
+
+def _models(pairs: int, d_model: int, **more: Any) -> list[Cell]:
+    """Every model at one difficulty; SSM and hybrid also with a state enlarged to B'MOJO's memory."""
+    cells = [Cell(model, pairs, RATES[0], d_model=d_model, **more) for model in ("bmojo", "bmojo-f", "hybrid", "mamba")]
+    cells += [_equal_memory(cell) for cell in cells if cell.model != "bmojo"]
+    return [*cells, *(Cell(model, pairs, RATES[0], d_model=d_model, **more) for model in ("transformer", "window"))]
+
+
+def _equal_memory(cell: Cell) -> Cell:
+    whole = config_of("bmojo", d_state=STATE, **cell.sizes())
+    budget = memory_bytes(whole, cell.seq_len)["total"]
+    (found,) = changed([cell], **matching_state(cell.model, budget, cell.seq_len, **cell.sizes()))
+    return found
+
+
+def _rates(cells: Iterable[Cell]) -> list[Cell]:
+    return [other for cell in cells for lr in RATES for other in changed([cell], lr=lr)]
+
+
+def _tried(rows: Iterable[Row], cells: Iterable[Cell]) -> list[Cell]:
+    rows = list(rows)
+    return [best for cell in cells for best in _best_rates(rows, cell)]
+
+
+def stage_recall(rows: Iterable[Row]) -> list[Cell]:
+    """64 pairs, width 64: every model, every learning rate."""
+    return _rates(_models(64, 64))
+
+
+def stage_seeds(rows: Iterable[Row]) -> list[Cell]:
+    """Two more seeds at the best learning rate."""
+    best = _tried(rows, _models(64, 64))
+    return [other for seed in (1, 2) for other in changed(best, seed=seed)]
+
+
+def stage_slots(rows: Iterable[Row]) -> list[Cell]:
+    """Recall against the number of eidetic slots."""
+    best = _tried(rows, [Cell("bmojo", 64, RATES[0])])
+    return [other for n in (64, 32, 96, 192, 16) for other in changed(best, n_eidetic=n)]
+
+
+def stage_wide(rows: Iterable[Row]) -> list[Cell]:
+    """64 pairs, width 128."""
+    return _rates(_models(64, 128))
+
+
+def stage_easy(rows: Iterable[Row]) -> list[Cell]:
+    """32 and 16 pairs, width 64."""
+    return [cell for pairs in (32, 16) for cell in _rates(_models(pairs, 64))]
+
+
+def stage_wide_easy(rows: Iterable[Row]) -> list[Cell]:
+    """32 and 16 pairs, width 128."""
+    return [cell for pairs in (32, 16) for cell in _rates(_models(pairs, 128))]
+
+
+def stage_wide_seeds(rows: Iterable[Row]) -> list[Cell]:
+    """Two more seeds at width 128."""
+    best = _tried(rows, _models(64, 128))
+    return [other for seed in (1, 2) for other in changed(best, seed=seed)]
+
+
+def stage_choices(rows: Iterable[Row]) -> list[Cell]:
+    """What the choices of B'MOJO are worth: innovation signal, error, taps, fading length, chunk, SSM learning rate."""
+    best = _tried(rows, [Cell("bmojo", 64, RATES[0])])
+    innovations: list[dict[str, Any]] = [{"signal": "input"}, {"error": "l2"}, *({"taps": n} for n in (1, 2, 8))]
+    changes: list[dict[str, Any]] = [{"options": (("innovation", tuple(sorted(x.items()))),)} for x in innovations]
+    changes += [{"options": (("n_fading", n),)} for n in (1, 16, 64)]
+    changes += [{"options": (("chunk", n),)} for n in (8, 16)]
+    changes += [{"ssm_lr": ratio} for ratio in (0.2, 5.0)]
+    return [other for change in changes for other in changed(best, **change)]
+
+
+def stage_long(rows: Iterable[Row]) -> list[Cell]:
+    """Beyond the paper: 512 tokens."""
+    return _rates(_models(64, 64, seq_len=512))
+
+
+def stage_others(rows: Iterable[Row]) -> list[Cell]:
+    """Selective copying, induction heads, noisy and fuzzy recall."""
+    pairs = {"selective_copying": 16, "induction_heads": 1, "noisy_recall": 32, "fuzzy_recall": 16}
+    return [cell for task, n in pairs.items() for cell in _rates(_models(n, 64, task=task))]
+
+
+STAGES: dict[str, Callable[[Iterable[Row]], list[Cell]]] = {
+    "recall": stage_recall,
+    "seeds": stage_seeds,
+    "slots": stage_slots,
+    "wide": stage_wide,
+    "easy": stage_easy,
+    "choices": stage_choices,
+    "long": stage_long,
+    "wide-seeds": stage_wide_seeds,
+    "wide-easy": stage_wide_easy,
+    "others": stage_others,
+}

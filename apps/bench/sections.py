@@ -64,11 +64,11 @@ CHUNK = 64
 
 
 def eidetic_rows(b: int, l: int, w: int, e: int, device: str) -> Tensor | None:
-    """Rows (b, chunks, e) that every query of a chunk sees, -1 where there are none yet."""
-    chunks = l // CHUNK
-    before = (torch.arange(chunks, device=device) * CHUNK - w).clamp(min=0)[None, :, None]
-    rows = (torch.rand(b, chunks, e, device=device) * before).int()
-    return torch.where(before > 0, rows, -1).int() if e else None
+    """Rows (b, chunks, e) that a bounded memory of random innovations holds for each chunk of queries."""
+    if not e:
+        return None
+    scores = torch.rand(b, l, device=device)
+    return bmojo_cuda.select_eidetic(scores, window=w, chunk=CHUNK, n_eidetic=e)
 
 
 def few_heads(tensors: list[Tensor], n: int, group: int) -> dict[str, Any]:

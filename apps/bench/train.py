@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
         if cuda:  # leave the memory to whose turn it is
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        with wait_for_turn(case) if world.leads else nullcontext():
+        with wait_for_turn(case, world.leads):
             for step in range(WARM, WARM + case["steps"]):
                 begun, rows = time.perf_counter(), trainer.batches(step)
                 loss, _, _ = trainer.step(step, rows)
@@ -133,14 +133,25 @@ def stepped(trainer: Any, step: int, patient: bool) -> bool:
 
 
 @contextmanager
-def wait_for_turn(case: dict[str, Any]) -> Iterator[None]:
-    """Say that this case is warm, wait until all are, then have the GPUs alone."""
+def wait_for_turn(case: dict[str, Any], leads: bool) -> Iterator[None]:
+    """Say that this case is warm, wait until all are, then have the GPUs alone.
+
+    The process that leads takes the turn and tells the others, which must not queue work before: a collective that
+    waits for its partners keeps a GPU busy.
+    """
     folder = Path(case["folder"])
+    turn = folder / f"{case['name']}.turn"
+    if not leads:
+        while not turn.exists():
+            time.sleep(0.02)
+        yield
+        return
     (folder / f"{case['name']}.warm").touch()
     while not (folder / "go").exists():
         time.sleep(0.02)
     with (folder / "go").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        turn.touch()
         yield
 
 

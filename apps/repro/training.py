@@ -131,7 +131,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
-        rate = self.rates[self.step]
+        rate = self.rates.take(self.step)  # an index would be read by the host
         for group in self.optimizer.param_groups:
             group["lr"].copy_(rate * group["scale"])
         self.optimizer.step()

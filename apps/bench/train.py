@@ -38,7 +38,7 @@ VOCAB, LENGTHS, WARM = 32_000, (2048, 8192), 3
 # Equal in parameters within 2%: 131.2, 131.9 and 130.2 million. The Transformer and B'MOJO have 12 layers; Mamba has
 # blocks alone, as published.
 MODELS: dict[str, dict[str, Any]] = {
-    "bmojo": {"preset": "130m"},
+    "bmojo": {"preset": "130m", "qk_norm": True},  # which half precision needs: docs/training.md
     "transformer": {
         "vocab_size": VOCAB, "d_model": 768, "layer_types": ["attention"] * 12, "d_ff": 3200, "n_heads": 12,
         "n_kv_heads": 4, "rope_theta": 10_000.0, "tie_embeddings": True,

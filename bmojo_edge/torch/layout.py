@@ -6,6 +6,7 @@ Rows of a batch may stand at different positions. Documents are counted per row,
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,14 @@ class Step(NamedTuple):
 def turns_of(config: Config, device: torch.device) -> Tensor | None:
     """Turns a token of each pair, (p / 2,) int64, in 2^-64 of a turn; None without positions."""
     turns = turns_per_token(config)
-    return None if turns is None else torch.from_numpy(turns.view("int64")).to(device)
+    return None if turns is None else _sent_once(turns.tobytes(), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sent_once(numbers: bytes, device: torch.device) -> Tensor:
+    """int64 numbers on a device: a copy at every call would make the host wait, and could be no part of a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(bytearray(numbers), dtype=torch.int64).to(device)
 
 
 class Segments(NamedTuple):

@@ -356,6 +356,8 @@ class Trainer:
         self.checkpoints.wait()
         last = self.checkpoints.steps()
         kept = f"the last checkpoint is {self.checkpoints.path(last[-1])}" if last else "there is no checkpoint yet"
+        half = self.config.dtype != "float32" and "bmojo" in self.config.layer_types and not self.config.qk_norm
+        norm = ", set model.qk_norm (docs/training.md)" if half else ""
         raise Diverged(
-            f"step {step}: {why}; training stopped, {kept}. Lower optimizer.lr, or look at the data of this step."
+            f"step {step}: {why}; training stopped, {kept}. Lower optimizer.lr{norm}, or look at the data of this step."
         )

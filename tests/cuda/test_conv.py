@@ -90,6 +90,7 @@ def test_equals_float64(name: str) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when its compiler is imported
 def test_public_op_compiles() -> None:
     given = each(ConvCase(2, 96, 64, 4, torch.bfloat16).inputs("cuda"), torch.Tensor.requires_grad_)
 

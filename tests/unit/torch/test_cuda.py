@@ -54,7 +54,12 @@ KERNELS = {  # head_dim and chunk that the kernels take
 
 
 @pytest.mark.filterwarnings(  # PyTorch's own, about itself
-    "ignore:.*script_method", "ignore:Attempting to run cuBLAS", "ignore:The .grad attribute"
+    "ignore:.*script_method",
+    "ignore:Attempting to run cuBLAS",
+    "ignore:The .grad attribute",
+    "ignore:Synchronization debug mode",
+    "ignore:.*should not be instantiated",
+    "ignore:TensorFloat32 tensor cores",
 )
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -278,7 +278,7 @@ def test_killed_on_a_gpu(tmp_path: Path, deterministic: bool) -> None:
     """In bfloat16, with the kernels, documents that begin and end anywhere, and carried states."""
     make_data(tmp_path / "data", [700, 90, 33, 2000, 450, 64, 128, 1500, 7, 3000] * 4, vocab=256)
     fields: dict[str, Any] = {
-        "model": {"preset": "tiny", "n_layers": 2, "n_sinks": 4, "rope_theta": 10_000.0},
+        "model": {"preset": "tiny", "n_layers": 2, "n_sinks": 4, "rope_theta": 10_000.0, "qk_norm": True},
         "data": {"sequence_length": 256},
         "batch": {"tokens": 2048, "rows": 4},
         "system": {"device": "cuda", "deterministic": deterministic},

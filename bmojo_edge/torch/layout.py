@@ -77,7 +77,7 @@ def turns_of(config: Config, device: torch.device) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def _sent_once(numbers: bytes, device: torch.device) -> Tensor:
-    """int64 numbers on a device: a copy at every call would make the host wait, and could be no part of a CUDA graph."""
+    """int64 numbers on a device: a copy at every call makes the host wait, and can be no part of a CUDA graph."""
     with torch.inference_mode(False):
         return torch.frombuffer(bytearray(numbers), dtype=torch.int64).to(device)
 

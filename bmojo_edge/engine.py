@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -119,8 +119,28 @@ def as_engine(array: np.ndarray, like: Any) -> Any:
     if engine == "torch":
         torch = sys.modules["torch"]
         tensor = torch.from_numpy(np.array(bits))
-        return (tensor.view(torch.bfloat16) if halves else tensor).to(like.device)
+        tensor = tensor.view(torch.bfloat16) if halves else tensor
+        return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
     return np.array(bits)
+
+
+def to_host(array: Any) -> Callable[[], np.ndarray]:
+    """Begin to copy an array to the host; the result, called in any thread, waits for that alone and is NumPy's."""
+    engine = type(array).__module__.partition(".")[0]
+    if engine == "torch" and array.is_cuda:
+        torch = sys.modules["torch"]
+        host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        host.copy_(array, non_blocking=True)
+        copied = torch.cuda.current_stream(array.device).record_event()
+
+        def waited() -> np.ndarray:
+            copied.synchronize()
+            return as_numpy(host)
+
+        return waited
+    if engine == "mlx":
+        sys.modules["mlx.core"].async_eval(array)
+    return lambda: as_numpy(array)
 
 
 def weights_fingerprint(lm: LM) -> str:

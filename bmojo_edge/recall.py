@@ -2,19 +2,20 @@
 
 `WithStorage` has the face of `engine.LM`, so sessions and generation run on it as on the model. When blocks are
 chosen and which can be seen depends on the tokens and the store's content alone (docs/storage.md): not on how a
-prompt is split, nor on the background writer. It knows states and NumPy, not engines.
+prompt is split, nor on what runs in the background. It knows states and NumPy, not engines.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from bmojo_edge.config import Config
-from bmojo_edge.engine import LM, as_engine
+from bmojo_edge.engine import LM, as_engine, to_host
 from bmojo_edge.rope import softmax_scale, turns_per_token
 from bmojo_edge.state import ELSEWHERE, RecalledState, State
 from bmojo_edge.storage import Shape, Store, StoreError
@@ -24,12 +25,25 @@ __all__ = ["RecallState", "StorableLM", "WithStorage", "shape_for"]
 
 BLOCK, POOL = 32, 2
 TOP_K, EVERY, QUERIES = 8, 512, 16
+CHOOSERS = 8  # rows that are chosen for at one time
+BEGUN = 4  # choices that are kept until their blocks join; of others they are made anew
 
 
 class StorableLM(LM, Protocol):
-    """A model whose window can be read: both twins."""
+    """A model whose window can be stored and read back: both twins."""
 
-    def window_tokens(self, state: Any, begin: int, count: int, layers: Sequence[int]) -> np.ndarray: ...
+    def window_blocks(self, state: Any, begin: int, count: int, shape: Shape) -> Any: ...
+
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Any: ...
+
+    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray: ...
+
+
+class _Found(NamedTuple):
+    """What was chosen for a row."""
+
+    payloads: np.ndarray  # (n, payload_bytes) uint8
+    positions: np.ndarray  # (n * block,) int64, see RecalledState
 
 
 class RecallState(NamedTuple):
@@ -39,9 +53,12 @@ class RecallState(NamedTuple):
     position: Any  # (b,) int64
     offset: Any  # (b,) int64
     left: np.ndarray  # (b,) int64: tokens until blocks are chosen anew
+    at: np.ndarray  # (b,) int64: position
     branch: np.ndarray  # (b,) int64: the source its blocks go to, 0 before there is one
     horizon: np.ndarray  # (b,) int64: blocks numbered below are seen, whosever they are
     recent: np.ndarray  # (b, block) int64: the last ids
+    asked: Any  # (b, n, h p): the queries for which blocks are being chosen, to join when `left` is 0
+    seen: np.ndarray  # (b,) int64: the number of the store's next block when they were taken, 0 = none were
 
     @property
     def inner(self) -> State:
@@ -67,8 +84,9 @@ def shape_for(config: Config, block: int = BLOCK, pool: int = POOL) -> Shape:
 class WithStorage:
     """A model that keeps and recalls through a store; states are `RecallState`, rows of a batch stand at one position.
 
-    top_k: blocks that are recalled; every: tokens after which they are chosen anew; queries: the last tokens whose
-    queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
+    top_k: blocks that are recalled; every: tokens from one choice to the next, at least 1, a prompt is read in calls of
+    so many at most; queries: the last tokens whose queries choose; name: of the conversation in the store; keeps:
+    whether what leaves the window is stored.
     """
 
     def __init__(
@@ -81,7 +99,8 @@ class WithStorage:
         _check_fits(store, lm.config)
         self.lm, self.store, self.top_k, self.every, self.queries = lm, store, top_k, every, queries
         self.name, self.keeps = name, keeps
-        self._kept = list(dict.fromkeys((*store.shape.layers, store.shape.router)))
+        self._pool = ThreadPoolExecutor(CHOOSERS, thread_name_prefix="recall")
+        self._begun: OrderedDict[int, tuple[Any, list[Future[_Found]]]] = OrderedDict()  # by id of the queries
         self._limit = lm.config.window - store.shape.block + 1  # tokens of one call, so that whole blocks stay in reach
 
     # --- the face of a model
@@ -112,11 +131,12 @@ class WithStorage:
             recalled = RecalledState(*(as_engine(x, like) for x in (slots, slots, positions)))
             layers[i] = layers[i]._replace(recalled=recalled)
         last = np.zeros((batch, self.queries, c.n_heads * c.d_head), np.float32)
-        layers[s.router] = layers[s.router]._replace(queries=as_engine(last, like))
+        queries = as_engine(last, like)
+        layers[s.router] = layers[s.router]._replace(queries=queries)
         rows = np.zeros(batch, np.int64)
         return RecallState(
-            tuple(layers), state.position, state.offset, rows + self.every, rows, rows + self.store.next_id,
-            np.zeros((batch, s.block), np.int64),
+            tuple(layers), state.position, state.offset, rows + self.every, rows, rows, rows + self.store.next_id,
+            np.zeros((batch, s.block), np.int64), queries, rows,
         )  # fmt: skip
 
     def forward(self, tokens: Any, state: RecallState) -> tuple[Any, RecallState]:
@@ -135,14 +155,14 @@ class WithStorage:
         """Logits (b, v) after one token (b,) of each row, and the state."""
         if active is not None and not np.asarray(active).all():
             raise ValueError("active: all rows of a model with storage move together")
-        state = self.choose(state) if state.left[0] == 0 else state
+        state = self._turned(state) if state.left[0] == 0 else state
         ids = as_numpy(token).reshape(-1, 1)
         logits, inner = self.lm.decode_one_token(token, state.inner)
         return logits, self._moved(state, inner, ids)
 
     def decode_with_attention(self, token: Any, state: RecallState) -> tuple[Any, RecallState, list[dict[str, Any]]]:
         """`decode_one_token`, and how each layer's attention divided among its memories, "storage" among them."""
-        state = self.choose(state) if state.left[0] == 0 else state
+        state = self._turned(state) if state.left[0] == 0 else state
         watched: Any = self.lm
         logits, inner, shares = watched.decode_with_attention(token, state.inner)
         return logits, self._moved(state, inner, as_numpy(token).reshape(-1, 1)), shares
@@ -163,40 +183,79 @@ class WithStorage:
         Blocks are chosen anew `every` tokens from here.
         """
         _, probe = self.lm.prefill(np.asarray(tokens), state.inner)
-        return self.choose(state, self._queries(probe, min(np.shape(tokens)[1], self.queries)))
+        queries = probe.layers[self.store.shape.router].queries
+        count = min(np.shape(tokens)[1], self.queries)
+        found = self._search(queries, count, int(state.at[0]), state, self.store.next_id)
+        return self._joined(state, found)._replace(left=np.full_like(state.left, self.every), seen=0 * state.seen)
 
-    def choose(self, state: RecallState, queries: np.ndarray | None = None) -> RecallState:
-        """The state with the blocks that queries (b, h, n, p), scaled, attend to most; None: the last of its own."""
-        s, position = self.store.shape, _position(state)
-        if queries is None:
-            queries = self._queries(state.inner, min(position, self.queries))
-        n, b, limit = self.top_k * s.block, len(queries), position - self.config.window
+    def _turned(self, state: RecallState) -> RecallState:
+        """At the end of a stretch: the blocks asked for at the end of the one before join, and the next are asked for.
 
-        def chosen_for(row: int) -> np.ndarray:
-            slots = self.store.visible(int(state.horizon[row]), int(state.branch[row]), limit)
-            return np.sort(self.store.choose(queries[row], slots, self.top_k))
+        So they are chosen and read in the background while the model takes in a stretch of tokens.
+        """
+        if state.seen[0]:
+            begun = self._begun.get(id(state.asked))
+            asked_at = int(state.at[0]) - self.every
+            found = begun[1] if begun else self._asked(state, asked_at)
+            state = self._joined(state, found)
+        left, seen = np.full_like(state.left, self.every), np.full_like(state.seen, self.store.next_id)
+        state = state._replace(left=left, seen=seen, asked=state.layers[self.store.shape.router].queries)
+        self._begun[id(state.asked)] = (state.asked, self._asked(state, int(state.at[0])))
+        while len(self._begun) > BEGUN:
+            self._begun.popitem(last=False)
+        return state
 
-        with ThreadPoolExecutor(min(b, 8)) as pool:
-            chosen = list(pool.map(chosen_for, range(b)))
-        kv = np.zeros((len(s.layers), 2, b, s.kv_heads, n, s.head_dim), np.float16)
-        positions = np.full((b, n), -1, np.int64)
-        for row, slots in enumerate(chosen):
-            if len(slots):
-                count = len(slots) * s.block
-                kv[:, :, row, :, :count] = self.store.read(slots)
-                positions[row, :count] = self._positions(slots, state, row)
+    def _asked(self, state: RecallState, position: int) -> list[Future[_Found]]:
+        """The choice for the queries that a state has asked with at a position."""
+        return self._search(state.asked, min(position, self.queries), position, state, int(state.seen[0]))
+
+    def _search(
+        self, queries: Any, count: int, position: int, state: RecallState, next_id: int
+    ) -> list[Future[_Found]]:
+        """Begin to choose and read, for each row, the blocks that the last `count` queries attend to most.
+
+        queries (b, n, h p); seen is what could be at `position`, when the next block had the number `next_id`.
+        """
+        limit, store = position - self.config.window, self.store
+        fetch = to_host(queries)
+
+        def found(row: int, slots: np.ndarray) -> _Found:
+            try:
+                wanted = self._as_asked(fetch()[row, -count:])
+                chosen = store.choose(wanted, slots, self.top_k, next_id, self.lm.block_scores)
+                chosen = store.by_age(chosen)
+                positions = self._positions(chosen, state, row)
+                return _Found(store.payloads(chosen), positions)
+            finally:
+                store.end_reading()
+
+        futures = []
+        for row in range(len(state.at)):
+            slots = store.visible(int(state.horizon[row]), int(state.branch[row]), limit)
+            store.begin_reading()
+            futures.append(self._pool.submit(found, row, slots))
+        return futures
+
+    def _joined(self, state: RecallState, futures: list[Future[_Found]]) -> RecallState:
+        """The state that recalls what was found for each row, in place of what it recalls."""
+        s, b = self.store.shape, len(futures)
+        payloads = np.zeros((b, self.top_k, s.payload_bytes), np.uint8)
+        positions = np.full((b, self.top_k * s.block), -1, np.int64)
+        for row, future in enumerate(futures):
+            found = future.result()
+            payloads[row, : len(found.payloads)] = found.payloads
+            positions[row, : len(found.positions)] = found.positions
         layers, like = list(state.layers), state.layers[s.router].window.k
-        held, kv = as_engine(positions, like), kv.astype(_dtype(self.config), copy=False)
-        for i, (k, v) in zip(s.layers, kv, strict=True):
-            layers[i] = layers[i]._replace(recalled=RecalledState(as_engine(k, like), as_engine(v, like), held))
-        return state._replace(layers=tuple(layers), left=np.full_like(state.left, self.every))
+        held, kv = as_engine(positions, like), self.lm.recalled_blocks(payloads, s)
+        for place, i in enumerate(s.layers):
+            layers[i] = layers[i]._replace(recalled=RecalledState(kv[place, 0], kv[place, 1], held))
+        return state._replace(layers=tuple(layers))
 
-    def _queries(self, state: State, count: int) -> np.ndarray:
-        """The router's last `count` queries (b, h, count, p) as they meet unrotated keys, scaled."""
+    def _as_asked(self, queries: np.ndarray) -> np.ndarray:
+        """Queries (n, h p) of the router as they meet unrotated keys, scaled: (h, n, p)."""
         c = self.config
-        last = as_numpy(state.layers[self.store.shape.router].queries).astype(np.float32)[:, -count:]
-        last = last.reshape(len(last), count, c.n_heads, c.d_head).transpose(0, 2, 1, 3)
-        return _rotated(last, turns_per_token(c), c.window) * np.float32(softmax_scale(c))
+        heads = queries.astype(np.float32).reshape(len(queries), c.n_heads, c.d_head).transpose(1, 0, 2)
+        return _rotated(heads, turns_per_token(c), c.window) * np.float32(softmax_scale(c))
 
     def _positions(self, slots: np.ndarray, state: RecallState, row: int) -> np.ndarray:
         """Where the tokens of slots stand for this sequence, (n * block,), see RecalledState."""
@@ -214,7 +273,7 @@ class WithStorage:
         tokens, parts, begin = np.asarray(tokens), [], 0
         while begin < tokens.shape[1]:
             if state.left[0] == 0:
-                state = self.choose(state)
+                state = self._turned(state)
             ids = tokens[:, begin : begin + min(int(state.left[0]), self._limit)]
             out, inner = move(ids, state.inner)
             parts.append(out)
@@ -226,20 +285,19 @@ class WithStorage:
         block, n = self.store.shape.block, ids.shape[1]
         known = np.concatenate([state.recent, ids], axis=1)
         state = state._replace(
-            layers=inner.layers, position=inner.position, left=state.left - n, recent=known[:, -block:]
+            layers=inner.layers, position=inner.position, left=state.left - n, at=state.at + n, recent=known[:, -block:]
         )
         if not self.keeps:
             return state
-        end = _position(state)
+        end = int(state.at[0])
         begin, whole = (end - n) // block * block, end // block * block
         if begin == whole:
             return state
         kept = known[:, begin - end :][:, : whole - begin]
-        kv = _without_sinks(self.lm.window_tokens(inner, begin, whole - begin, self._kept), begin, self.config.n_sinks)
-        branch = [self._branch(int(number), begin) for number in state.branch]
-        for row, number in enumerate(branch):
-            self.store.add(number, begin, kept[row], kv[:, :, row])
-        return state._replace(branch=np.array(branch, np.int64))
+        fetch = to_host(self.lm.window_blocks(inner, begin, whole - begin, self.store.shape))
+        branches = [self._branch(int(number), begin) for number in state.branch]
+        self.store.add_packed(branches, begin, kept, fetch)
+        return state._replace(branch=np.array(branches, np.int64))
 
     def _branch(self, branch: int, at: int) -> int:
         """The branch on which a state goes on from position `at`: a new one where another state has gone on."""
@@ -257,10 +315,9 @@ class WithStorage:
         for begin in range(0, len(text), size):
             part = text[begin : begin + size]
             _, state = self.lm.prefill(part[None].astype(np.int32), state)
-            kv = _without_sinks(self.lm.window_tokens(state, begin, len(part), self._kept), begin, self.config.n_sinks)
-            missing = -len(part) % s.block  # the last block is filled with its last token, which nobody sees there
-            kv = np.pad(kv[:, :, 0], [(0, 0)] * 3 + [(0, missing), (0, 0)], mode="edge")
-            self.store.add(branch, begin, np.pad(part, (0, missing)), kv, tokens=len(part))
+            fetch = to_host(self.lm.window_blocks(state, begin, len(part), s))
+            ids = np.pad(part, (0, -len(part) % s.block))
+            self.store.add_packed([branch], begin, ids[None], fetch, tokens=len(part))
             if progress is not None:
                 progress(begin + len(part), len(text))
         self.store.complete(branch)
@@ -270,8 +327,8 @@ class WithStorage:
         """Slots of the blocks that a text, put to a fresh model, looks for; best first."""
         inner = self.init_state().inner
         _, probe = self.lm.prefill(np.asarray([ids], np.int32), inner)
-        queries = self._queries(probe, min(len(ids), self.queries))[0]
-        return self.store.choose(queries, self.store.visible(self.store.next_id, 0, 0), count)
+        queries = as_numpy(probe.layers[self.store.shape.router].queries)[0, -min(len(ids), self.queries) :]
+        return self.store.choose(self._as_asked(queries), self.store.visible(self.store.next_id, 0, 0), count)
 
 
 def _check_fits(store: Store, config: Config) -> None:
@@ -282,29 +339,10 @@ def _check_fits(store: Store, config: Config) -> None:
         raise StoreError(f"{store.folder}: keeps {shape}, which this model has not; make a new store")
 
 
-def _position(state: Any) -> int:
-    positions = as_numpy(state.position)
-    if (positions != positions[0]).any():
-        raise ValueError("state: all rows of a model with storage must stand at one position")
-    return int(positions[0])
-
-
 def _dtype(config: Config) -> np.dtype[Any]:
     import ml_dtypes  # noqa: F401 - gives NumPy bfloat16
 
     return np.dtype(config.dtype)
-
-
-def _without_sinks(kv: np.ndarray, begin: int, sinks: int) -> np.ndarray:
-    """Keys and values (..., n, p) from position `begin` on, the first tokens of a text replaced by the next.
-
-    They are never read from storage, and their keys would make the summary of their block look like everything.
-    """
-    n = min(max(sinks - begin, 0), kv.shape[-2] - 1)
-    if n:
-        kv = kv.copy()
-        kv[..., :n, :] = kv[..., n : n + 1, :]
-    return kv
 
 
 def _rotated(x: np.ndarray, turns: np.ndarray | None, position: int) -> np.ndarray:

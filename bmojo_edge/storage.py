@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,13 +17,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from bmojo_edge.staging import staged
-from bmojo_edge.storage_files import HEAD, Files, Shape, StoreError, dequantised, quantised
+from bmojo_edge.storage_blocks import Blocks, Shape, packed
+from bmojo_edge.storage_files import HEAD, Files, StoreError
 from bmojo_edge.storage_index import SCAN, Segments, block_scores, relevance
+from bmojo_edge.storage_writer import Writer
 
 __all__ = ["Shape", "Source", "Store", "StoreError"]
 
 DISK_BYTES, RAM_BYTES = 2**32, 2**28
-SEGMENT = 8192
+SEGMENT, WRITERS = 8192, 4
 INDEX_BYTES = 3  # of an index, about, for every byte of the summaries in it
 
 
@@ -42,13 +43,6 @@ class Source(NamedTuple):
     tokens: int
 
 
-class _Waiting(NamedTuple):
-    """A block that is not on the disk yet."""
-
-    block: np.ndarray  # (layers, 2, g, block, p)
-    summary: np.ndarray  # (summaries, g, p) float16
-
-
 class Store:
     """An open store. Use it as a context manager, or `close` it.
 
@@ -59,7 +53,7 @@ class Store:
 
     def __init__(
         self, folder: str | Path, identity: Mapping[str, Any] | None = None, ram_bytes: int = RAM_BYTES,
-        segment: int = SEGMENT, writers: int = 1,
+        segment: int = SEGMENT, writers: int = WRITERS,
     ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self._files = Files(self.folder)
@@ -75,11 +69,10 @@ class Store:
         self._segments = Segments(self.folder, segment, s.summaries, s.kv_heads, self._summaries_of)
         self._half = max(ram_bytes // 2, 2 * s.payload_bytes)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._waiting: dict[int, _Waiting] = {}  # by slot
-        self._changed = threading.Condition()
-        self._failed: BaseException | None = None
+        self._cache_lock = threading.Lock()
+        self._writer = Writer(self._files, self._crcs, self._half, writers)
+        self._readers, self._read = 0, threading.Condition()
         self._open = True
-        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="store")
 
     @classmethod
     def create(
@@ -114,22 +107,36 @@ class Store:
 
     def _read_table(self) -> None:
         entries, self._damaged = self._files.entries()
-        size = max(len(entries), 64)
-        self._ids, self._branches, self._starts = (np.zeros(size, np.int64) for _ in range(3))
-        self._tokens = np.zeros(size, np.int32)
+        self._end = len(entries)  # slots from here on were never used
+        size = max(self._end, self.capacity)  # all there will be: nothing grows later, and untouched zeros cost nothing
+        self._table = {name: np.zeros(size, np.int64) for name in ("id", "branch", "start", "tokens")}
         self._crcs = np.zeros(size, np.uint32)
         self._sources: dict[int, dict[str, Any]] = {}
         for line in self._files.read_sources():
             self._sources.setdefault(int(line["branch"]), {}).update(line)
         gone = [branch for branch, source in self._sources.items() if source.get("removed")]
         live = (entries["id"] > 0) & ~np.isin(entries["branch"], gone)
-        for column, name in (
-            (self._ids, "id"), (self._branches, "branch"), (self._starts, "start"), (self._tokens, "tokens"),
-            (self._crcs, "payload"),
-        ):  # fmt: skip
-            column[: len(entries)] = np.where(live, entries[name], 0)
+        for name, column in (*self._table.items(), ("payload", self._crcs)):
+            column[: self._end] = np.where(live, entries[name], 0)
         logged = max((source.get("next", 1) for source in self._sources.values()), default=1)
         self.next_id = max(int(self._ids.max(initial=0)) + 1, logged)  # no number is given twice
+
+    @property
+    def _ids(self) -> np.ndarray:
+        """Numbers of the blocks in the slots that were ever used, 0 = none."""
+        return self._table["id"][: self._end]
+
+    @property
+    def _branches(self) -> np.ndarray:
+        return self._table["branch"][: self._end]
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._table["start"][: self._end]
+
+    @property
+    def _tokens(self) -> np.ndarray:
+        return self._table["tokens"][: self._end]
 
     # --- what it holds
 
@@ -201,74 +208,73 @@ class Store:
     def add(self, branch: int, start: int, ids: np.ndarray, kv: np.ndarray, tokens: int | None = None) -> None:
         """Add the blocks of a branch from position `start` on; they can be chosen and read at once.
 
-        ids (n * block,); kv (layers, 2, g, n * block, p): unrotated keys, and values, of the shape's layers and, last,
-        of its router where that is not among them. tokens: how many are real, all where None; what is not must be 0.
+        ids (n * block,); kv (layers, 2, g, n * block, p): unrotated keys, and values, as `packed` takes them.
+        tokens: how many are real, all where None; what is not must be 0.
+        """
+        s, tokens = self.shape, len(ids) if tokens is None else tokens
+        room = max(1, self._half // s.payload_bytes) * s.block  # what may wait at one time
+        for i in range(0, len(ids), room):
+            data, part = packed(kv[:, :, None, :, i : i + room], s), ids[i : i + room]
+            self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), tokens - i))
+
+    def add_packed(
+        self, branches: Sequence[int], start: int, ids: np.ndarray, fetch: Callable[[], np.ndarray],
+        tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        """`add` for the rows of a batch, ids (b, n * block), whose `packed` bytes `fetch` waits for, in any thread.
+
         Waits only where more blocks wait to be written than `ram_bytes` allows. Raises StoreError where writing failed.
         """
-        self._raise_failure()
-        s = self.shape
-        n = len(ids) // s.block
-        tokens = n * s.block if tokens is None else tokens
-        router = s.layers.index(s.router) if s.router in s.layers else len(s.layers)
-        keys = kv[router, 0].astype(np.float32).reshape(s.kv_heads, n, s.summaries, s.pool, s.head_dim)
-        summaries = keys.mean(3).transpose(1, 2, 0, 3).astype(np.float16)  # (n, m, g, p)
-        blocks = kv[: len(s.layers)].reshape(len(s.layers), 2, s.kv_heads, n, s.block, s.head_dim)
-        for i in range(n):
-            slot, begin = self._free_slot(), i * s.block
-            entry = np.zeros((), s.entry)
-            entry["id"], entry["branch"], entry["start"] = self.next_id, branch, start + begin
-            entry["tokens"], entry["ids"] = min(s.block, tokens - begin), ids[begin : begin + s.block]
-            self._ids[slot], self._branches[slot], self._starts[slot] = self.next_id, branch, start + begin
-            self._tokens[slot] = entry["tokens"]
-            block = _Waiting(blocks[:, :, :, i], summaries[i])
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._waiting) * s.payload_bytes * 2 <= self._half)
-                self._waiting[slot] = block
-            self._writers.submit(self._write, slot, entry)
-            self.next_id += 1
-            if (self.next_id - 1) % self._segments.segment == 0:
-                self._segments.prepare((self.next_id - 2) // self._segments.segment, self._live_ids())
-        self._source(branch)["tip"] = start + tokens
+        s, (b, t) = self.shape, ids.shape
+        n, begins = b * t // s.block, np.tile(np.arange(0, t, s.block), b)
+        entries = np.zeros(n, s.entry)
+        entries["id"], entries["branch"] = self.next_id + np.arange(n), np.repeat(branches, t // s.block)
+        entries["start"], entries["tokens"] = start + begins, ((t if tokens is None else tokens) - begins).clip(0, s.block)
+        entries["ids"] = ids.reshape(n, s.block)
+        first, self.next_id = self.next_id, self.next_id + n
+        entries = entries[-self.capacity :]  # the others would be replaced at once
+        slots = self._free_slots(len(entries))
+        for name, column in self._table.items():
+            column[slots] = entries[name]
+        self._writer.put(slots, entries, fetch)
+        for ordinal in range((first - 1) // self._segments.segment, (self.next_id - 1) // self._segments.segment):
+            self._segments.prepare(ordinal, self._live_ids())
+        for branch in branches:
+            self._source(branch)["tip"] = start + (t if tokens is None else tokens)
 
-    def _free_slot(self) -> int:
-        """An empty slot, or that of the oldest block, which is forgotten."""
-        free = np.flatnonzero(self._ids[: self.capacity] == 0)
-        slot = int(free[0]) if len(free) else min(len(self._ids), self.capacity)
-        if slot >= self.capacity:
-            slot = int(self._ids[: self.capacity].argmin())
-            self._forget(slot)
-        elif slot == len(self._ids):
-            for name in ("_ids", "_branches", "_starts", "_tokens", "_crcs"):
-                column = getattr(self, name)
-                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
-        return slot
+    def _free_slots(self, n: int) -> np.ndarray:
+        """Slots (n,), ascending: empty ones, and where they do not suffice those of the oldest blocks, now forgotten."""
+        free = np.flatnonzero(self._ids[: self.capacity] == 0)[:n]
+        fresh = np.arange(self._end, min(self._end + n - len(free), self.capacity))
+        missing = n - len(free) - len(fresh)
+        oldest = np.zeros(0, np.int64)
+        if missing > 0:
+            live = np.where(self._ids > 0, self._ids, np.iinfo(np.int64).max)[: self.capacity]
+            oldest = live.argpartition(missing - 1)[:missing]
+            self._forget(oldest)
+        self._end += len(fresh)
+        return np.sort(np.concatenate([free, fresh, oldest]))
 
-    def _forget(self, slot: int) -> None:
-        """Let go of a slot's block in memory; on the disk it stays until something takes its place."""
-        with self._changed:
-            self._changed.wait_for(lambda: slot not in self._waiting)
-        self._ids[slot] = 0
-        self._cache.pop(slot, None)
+    def _forget(self, slots: np.ndarray) -> None:
+        """Let go of blocks in memory; on the disk they stay until something takes their place."""
+        with self._read:
+            self._read.wait_for(lambda: not self._readers)
+        self._writer.settle(slots)
+        self._ids[slots] = 0
+        with self._cache_lock:
+            for slot in slots.tolist():
+                self._cache.pop(slot, None)
 
-    def _write(self, slot: int, entry: np.ndarray) -> None:
-        """In the background: an empty entry, the content, then the entry that says it is whole."""
-        try:
-            waiting = self._waiting[slot]
-            self._files.write_entry(slot, np.zeros((), self.shape.entry))
-            entry["payload"] = self._files.write_payload(slot, quantised(waiting.block))
-            entry["summary"] = self._files.write_summary(slot, waiting.summary)
-            self._crcs[slot] = entry["payload"]
-            self._files.write_entry(slot, entry)
-        except BaseException as error:
-            self._failed = error
-        finally:
-            with self._changed:
-                self._waiting.pop(slot, None)
-                self._changed.notify_all()
+    def begin_reading(self) -> None:
+        """No block is forgotten until `end_reading`, called as often, so that another thread can choose and read."""
+        with self._read:
+            self._readers += 1
 
-    def _raise_failure(self) -> None:
-        if self._failed is not None:
-            raise StoreError(f"{self.folder}: writing failed: {self._failed}") from self._failed
+    def end_reading(self) -> None:
+        """See `begin_reading`."""
+        with self._read:
+            self._readers -= 1
+            self._read.notify_all()
 
     # --- choosing and reading
 
@@ -289,14 +295,13 @@ class Store:
 
     def _summaries(self, slots: np.ndarray) -> np.ndarray:
         """Summaries of slots (n,), of blocks on their way to the disk too."""
-        with self._changed:
-            waiting = {int(slot): self._waiting[slot].summary for slot in set(slots.tolist()) & self._waiting.keys()}
-        out = np.empty((len(slots), self.shape.summaries, self.shape.kv_heads, self.shape.head_dim), np.float16)
-        here = np.isin(slots, list(waiting))
-        out[~here] = self._files.read_summaries(slots[~here])
-        for i in np.flatnonzero(here):
-            out[i] = waiting[int(slots[i])]
-        return out
+        waiting, s = self._writer.summaries(slots), self.shape
+        found = np.empty((len(slots), s.summaries, s.kv_heads, s.head_dim), np.float16)
+        written = np.ones(len(slots), bool)
+        for i, summary in waiting.items():
+            found[i], written[i] = summary, False
+        self._files.read_summaries(slots, np.flatnonzero(written), found)
+        return found
 
     def visible(self, horizon: int, branch: int, limit: int) -> np.ndarray:
         """Slots that a conversation may see: all blocks numbered below `horizon`, and its own up to a position.
@@ -318,13 +323,17 @@ class Store:
             branch = self._sources[branch]["parent"]
         return found
 
-    def choose(self, queries: np.ndarray, slots: np.ndarray, count: int) -> np.ndarray:
+    def choose(
+        self, queries: np.ndarray, slots: np.ndarray, count: int, next_id: int | None = None,
+        scores_of: Callable[[np.ndarray, np.ndarray], np.ndarray] = block_scores,
+    ) -> np.ndarray:  # fmt: skip
         """Of the blocks in `slots`, the at most `count` that queries (h, q, p), scaled, attend to most, best first.
 
-        Ties go to the older block. Sealed segments name their candidates first; all others are looked at.
+        Ties go to the older block. Sealed segments name their candidates first; all others are looked at. next_id: the
+        number of the next block when this was asked, where that was earlier. scores_of: what scores blocks.
         """
         ids = self._ids[slots]
-        sealed = self._segments.sealed(self.next_id)
+        sealed = self._segments.sealed(self.next_id if next_id is None else next_id)
         ordinals = self._segments.ordinal(ids)
         looked_at = ordinals >= sealed
         for ordinal in np.unique(ordinals[~looked_at]):
@@ -335,28 +344,33 @@ class Store:
             return slots
         scores = np.empty((*queries.shape[:2], len(slots)), np.float32)
         for i in range(0, len(slots), SCAN):
-            scores[..., i : i + SCAN] = block_scores(queries, self._summaries(slots[i : i + SCAN]))
+            scores[..., i : i + SCAN] = scores_of(queries, self._summaries(slots[i : i + SCAN]))
         worth = relevance(scores)
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 
-    def read(self, slots: np.ndarray) -> np.ndarray:
-        """Keys and values (layers, 2, g, n * block, p) float16 of the blocks in slots (n,)."""
-        found = [self._block(int(slot)) for slot in slots]
-        return np.concatenate(found, axis=3)
+    def payloads(self, slots: np.ndarray) -> np.ndarray:
+        """Keys and values of the blocks in slots (n,) as they are on the disk: (n, payload_bytes) uint8."""
+        found = np.empty((len(slots), self.shape.payload_bytes), np.uint8)
+        for place, slot in enumerate(slots):
+            found[place] = self._payload(int(slot))
+        return found
 
-    def _block(self, slot: int) -> np.ndarray:
-        if slot in self._cache:
-            self._cache.move_to_end(slot)
-            return self._cache[slot]
-        waiting = self._waiting.get(slot)  # quantised as it will be on the disk: when it is written changes nothing
-        payload = (
-            quantised(waiting.block) if waiting is not None else self._files.read_payload(slot, int(self._crcs[slot]))
-        )
-        block = dequantised(payload, self.shape)
-        self._cache[slot] = block
-        while len(self._cache) > 1 and len(self._cache) * block.nbytes > self._half:
-            self._cache.popitem(last=False)
-        return block
+    def _payload(self, slot: int) -> np.ndarray:
+        with self._cache_lock:
+            if slot in self._cache:
+                self._cache.move_to_end(slot)
+                return self._cache[slot]
+        waiting = self._writer.payload(slot)
+        payload = self._files.read_payload(slot, int(self._crcs[slot])) if waiting is None else waiting.copy()
+        with self._cache_lock:
+            self._cache[slot] = payload
+            while len(self._cache) > 1 and len(self._cache) * len(payload) > self._half:
+                self._cache.popitem(last=False)
+        return payload
+
+    def by_age(self, slots: np.ndarray) -> np.ndarray:
+        """Slots (n,), the oldest block first."""
+        return slots[self._ids[slots].argsort()]
 
     def positions(self, slots: np.ndarray) -> np.ndarray:
         """Position of each token of the blocks in slots (n,) in its own text, -1 where there is none: (n, block)."""
@@ -382,9 +396,9 @@ class Store:
         self.flush()
         self._log(branch, removed=True)
         slots = np.flatnonzero((self._ids > 0) & (self._branches == branch))
+        self._forget(slots)
         for slot in slots:
-            self._forget(int(slot))
-            self._files.write_entry(int(slot), np.zeros((), self.shape.entry))
+            self._files.empty(int(slot))
         self._segments.drop()
         return len(slots)
 
@@ -396,7 +410,7 @@ class Store:
         for slot in np.flatnonzero(self._ids > 0):
             try:
                 self._files.read_payload(int(slot), int(self._crcs[slot]))
-                summary = self._files.read_summaries(np.array([slot]))[0]
+                summary = self._files.read_summary(int(slot))
                 if _crc(summary) != entries[slot]["summary"]:
                     found.append(f"summary of block {self._ids[slot]} in slot {slot}")
             except StoreError as error:
@@ -421,12 +435,10 @@ class Store:
                     payload = self._files.read_payload(int(slot), int(self._crcs[slot]))
                 except StoreError:
                     continue
-                summary = self._files.read_summaries(np.array([slot]))[0]
+                summary = self._files.read_summary(int(slot))
                 if _crc(summary) != entries[slot]["summary"]:
                     continue
-                new.write_payload(place, payload)
-                new.write_summary(place, summary)
-                new.write_entry(place, entries[slot])
+                new.write(place, entries[slot : slot + 1], Blocks(payload[None], summary[None]))
                 place += 1
             new.sync()
             after = new.nbytes()
@@ -436,9 +448,8 @@ class Store:
 
     def flush(self) -> None:
         """Return once every block added so far is on the disk."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)
-        self._raise_failure()
+        self._writer.settle()
+        self._writer.check()
         self._files.sync()
 
     def close(self) -> None:
@@ -451,7 +462,9 @@ class Store:
 
     def _shut(self) -> None:
         self._open = False
-        self._writers.shutdown(wait=True)
+        with self._read:
+            self._read.wait_for(lambda: not self._readers)
+        self._writer.close()
         self._segments.close()
         self._files.close()
 

@@ -12,11 +12,13 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bmojo_edge.staging import staged_file
+from bmojo_edge.storage_blocks import Blocks, Shape
+from bmojo_edge.tensors import raw_bytes
 
 FORMAT, VERSION = "bmojo-edge store", 1
 BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK = (
@@ -26,66 +28,6 @@ BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK = (
 
 class StoreError(ValueError):
     """A store is missing, damaged, in use, full or of another model; the message says which and what to do."""
-
-
-class Shape(NamedTuple):
-    """The sizes of everything a store holds of one block of tokens."""
-
-    block: int  # tokens of a block
-    layers: tuple[int, ...]  # layers whose keys and values are kept
-    router: int  # the layer by whose queries and keys blocks are chosen
-    pool: int  # neighbouring keys of the router whose mean is one summary vector
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def summaries(self) -> int:
-        """Summary vectors of a block and head."""
-        return self.block // self.pool
-
-    @property
-    def scales_bytes(self) -> int:
-        """Bytes of the float16 scales of a block, one for each layer, keys or values, head and token."""
-        return 2 * len(self.layers) * 2 * self.kv_heads * self.block
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of a block's keys and values."""
-        return self.scales_bytes + len(self.layers) * 2 * self.kv_heads * self.block * self.head_dim
-
-    @property
-    def summary_bytes(self) -> int:
-        """Bytes of a block's summary."""
-        return 2 * self.summaries * self.kv_heads * self.head_dim
-
-    @property
-    def entry(self) -> np.dtype[Any]:
-        """A block's line in the table."""
-        return np.dtype(
-            [
-                ("id", "<u8"), ("branch", "<i8"), ("start", "<i8"), ("tokens", "<i4"), ("ids", "<i4", (self.block,)),
-                ("payload", "<u4"), ("summary", "<u4"), ("crc", "<u4"),
-            ]
-        )  # fmt: skip
-
-
-def quantised(block: np.ndarray) -> bytes:
-    """Keys and values (layers, 2, g, block, p) in 8 bits: symmetric, one scale for every token and head."""
-    values = np.array(block, np.float32)  # a copy, then changed in place: fresh memory is what costs here
-    scales = (np.maximum(values.max(-1), -values.min(-1)) / 127).astype(np.float16)
-    inverse = np.divide(1, scales, out=np.zeros(scales.shape, np.float32), where=scales > 0)
-    np.multiply(values, inverse[..., None], out=values)
-    np.rint(values, out=values)
-    np.clip(values, -127, 127, out=values)
-    return scales.tobytes() + values.astype(np.int8).tobytes()
-
-
-def dequantised(payload: bytes, shape: Shape) -> np.ndarray:
-    """(layers, 2, g, block, p) float16."""
-    size = (len(shape.layers), 2, shape.kv_heads, shape.block)
-    scales = np.frombuffer(payload, np.float16, count=shape.scales_bytes // 2).reshape(size)
-    values = np.frombuffer(payload, np.int8, offset=shape.scales_bytes).reshape(*size, shape.head_dim)
-    return (values.astype(np.float32) * scales[..., None].astype(np.float32)).astype(np.float16)
 
 
 class Files:
@@ -127,43 +69,54 @@ class Files:
                 found[i], damaged = np.zeros((), kind), damaged + 1
         return found, damaged
 
-    def write_entry(self, slot: int, entry: np.ndarray) -> None:
-        """Write a slot's entry, its checksum filled in; an entry of zeros empties the slot."""
-        if entry["id"]:
-            entry["crc"] = _entry_crc(entry)
-        _pwrite(self._entries, entry.tobytes(), slot * self.shape.entry.itemsize)
+    def empty(self, slot: int) -> None:
+        """Mark a slot empty."""
+        _pwrite(self._entries, bytes(self.shape.entry.itemsize), slot * self.shape.entry.itemsize)
 
     # --- slots
 
-    def write_payload(self, slot: int, payload: bytes) -> int:
-        """Write a block's keys and values; their CRC-32."""
-        _pwrite(self._blocks, payload, slot * self.shape.payload_bytes)
-        return zlib.crc32(payload)
+    def write(self, slot: int, entries: np.ndarray, blocks: Blocks) -> None:
+        """Write n blocks to the slots from `slot` on: empty entries first, then the content, then entries (n,).
 
-    def read_payload(self, slot: int, crc: int) -> bytes:
-        """A block's keys and values. Raises StoreError where they are not what was written."""
-        payload = os.pread(self._blocks, self.shape.payload_bytes, slot * self.shape.payload_bytes)
-        if zlib.crc32(payload) != crc:
+        Their checksums are filled in.
+        """
+        n, shape = len(entries), self.shape
+        _pwrite(self._entries, bytes(n * shape.entry.itemsize), slot * shape.entry.itemsize)
+        for i, (payload, summary) in enumerate(zip(*blocks, strict=True)):
+            entries["payload"][i], entries["summary"][i] = zlib.crc32(payload), zlib.crc32(summary)
+        _pwrite(self._blocks, raw_bytes(blocks.payloads), slot * shape.payload_bytes)
+        _pwrite(self._summaries, raw_bytes(blocks.summaries), slot * shape.summary_bytes)
+        for entry in entries:
+            entry["crc"] = _entry_crc(entry)
+        _pwrite(self._entries, raw_bytes(entries), slot * shape.entry.itemsize)
+
+    def read_payload(self, slot: int, crc: int) -> np.ndarray:
+        """A block's keys and values as bytes. Raises StoreError where they are not what was written."""
+        payload = np.empty(self.shape.payload_bytes, np.uint8)
+        read = os.preadv(self._blocks, [payload.data], slot * self.shape.payload_bytes)
+        if read != len(payload) or zlib.crc32(payload) != crc:
             raise StoreError(f"{self.folder / BLOCKS}: block in slot {slot} is damaged; {_repair(self.folder)}")
         return payload
 
-    def write_summary(self, slot: int, summary: np.ndarray) -> int:
-        """Write a block's summary (summaries, g, p) float16; its CRC-32."""
-        raw = summary.tobytes()
-        _pwrite(self._summaries, raw, slot * self.shape.summary_bytes)
-        return zlib.crc32(raw)
+    def read_summary(self, slot: int) -> np.ndarray:
+        """The summary (summaries, g, p) float16 of a slot."""
+        shape = self.shape
+        found = np.empty((1, shape.summaries, shape.kv_heads, shape.head_dim), np.float16)
+        self.read_summaries(np.array([slot]), np.zeros(1, np.int64), found)
+        return found[0]
 
-    def read_summaries(self, slots: np.ndarray) -> np.ndarray:
-        """Summaries (n, summaries, g, p) float16 of slots (n,), neighbours read together."""
-        size, shape = self.shape.summary_bytes, self.shape
-        out = np.empty((len(slots), shape.summaries, shape.kv_heads, shape.head_dim), np.float16)
-        cuts = np.flatnonzero(np.diff(slots) != 1) + 1
-        for begin, end in zip([0, *cuts], [*cuts, len(slots)], strict=True):
-            if begin < end:
-                view = out[begin:end].data.cast("B")
-                if os.preadv(self._summaries, [view], int(slots[begin]) * size) != len(view):
+    def read_summaries(self, slots: np.ndarray, places: np.ndarray, into: np.ndarray) -> None:
+        """Read the summaries of those of slots (n,) at `places`, ascending, into (n, summaries, g, p) float16.
+
+        Neighbours are read together.
+        """
+        size = self.shape.summary_bytes
+        cuts = np.flatnonzero((np.diff(slots[places]) != 1) | (np.diff(places) != 1)) + 1
+        for run in np.split(places, cuts):
+            if len(run):
+                view = into[run[0] : run[-1] + 1].data.cast("B")
+                if os.preadv(self._summaries, [view], int(slots[run[0]]) * size) != len(view):
                     raise StoreError(f"{self.folder / SUMMARIES}: is cut short; {_repair(self.folder)}")
-        return out
 
     # --- sources
 
@@ -204,7 +157,7 @@ def _entry_crc(entry: np.ndarray) -> int:
     return zlib.crc32(entry.tobytes()[: -entry.dtype["crc"].itemsize])
 
 
-def _pwrite(descriptor: int, raw: bytes, offset: int) -> None:
+def _pwrite(descriptor: int, raw: bytes | memoryview, offset: int) -> None:
     while raw:
         written = os.pwrite(descriptor, raw, offset)
         raw, offset = raw[written:], offset + written

@@ -6,6 +6,7 @@ mapped and not loaded. NumPy; knows summaries and queries, not where they come f
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,7 @@ class Segments:
         self._open: dict[int, list[Any]] = {}
         self._building: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._lock = threading.RLock()  # choices may run beside each other
 
     def sealed(self, next_id: int) -> int:
         """How many segments have an index in use once `next_id` is the number of the next block.
@@ -66,22 +68,29 @@ class Segments:
 
     def prepare(self, ordinal: int, ids: np.ndarray) -> None:
         """Start building a segment's index where there is none; ids: all blocks there are."""
-        if ordinal < 0 or ordinal in self._building or ordinal in self._open or self._path(ordinal, 0).exists():
-            return
-        mine = ids[self.ordinal(ids) == ordinal]
-        self._building[ordinal] = self._pool.submit(self._build, ordinal, mine, self._summaries_of(mine))
+        with self._lock:
+            if ordinal < 0 or ordinal in self._building or ordinal in self._open or self._path(ordinal, 0).exists():
+                return
+            mine = ids[self.ordinal(ids) == ordinal]
+            self._building[ordinal] = self._pool.submit(self._build, ordinal, mine, self._summaries_of(mine))
+
+    def _opened(self, ordinal: int, ids: np.ndarray) -> list[Any]:
+        """The index of each head of a segment, built first where it is not there."""
+        with self._lock:
+            self.prepare(ordinal, ids)
+            if ordinal in self._building:
+                self._building.pop(ordinal).result()
+            if ordinal not in self._open:
+                usearch = _usearch()
+                paths = [self._path(ordinal, head) for head in range(self._heads)]
+                self._open[ordinal] = [usearch.Index.restore(str(path), view=True) for path in paths]
+            return self._open[ordinal]
 
     def candidates(self, ordinal: int, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Numbers of the blocks of a segment that any of the queries (h, q, p) may be looking for, ascending."""
-        self.prepare(ordinal, ids)
-        if ordinal in self._building:
-            self._building.pop(ordinal).result()
-        if ordinal not in self._open:
-            usearch = _usearch()
-            paths = [self._path(ordinal, head) for head in range(self._heads)]
-            self._open[ordinal] = [usearch.Index.restore(str(path), view=True) for path in paths]
+        indexes = self._opened(ordinal, ids)
         found = []
-        for index, wanted in zip(self._open[ordinal], queries.reshape(self._heads, -1, queries.shape[-1]), strict=True):
+        for index, wanted in zip(indexes, queries.reshape(self._heads, -1, queries.shape[-1]), strict=True):
             if len(index):
                 radius = np.linalg.norm(np.asarray(index.get(index.keys[0]), np.float32))  # that of all vectors
                 wanted = wanted * (radius / np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-6))

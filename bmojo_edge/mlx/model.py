@@ -21,8 +21,10 @@ from bmojo_edge.mlx.decode import Decoder
 from bmojo_edge.mlx.layers import RMSNorm
 from bmojo_edge.mlx.layout import Layout, layout_of
 from bmojo_edge.mlx.mixers import Mamba, Mamba2, Remembered
-from bmojo_edge.mlx.recalled import window_tokens
+from bmojo_edge.mlx.recalled import packed_window, unpacked_blocks, window_tokens
 from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
+from bmojo_edge.storage_blocks import Shape
+from bmojo_edge.storage_index import block_scores
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -230,6 +232,23 @@ class Model(nn.Module):
         found = [window_tokens(self.config, state.layers[i].window, position, state.offset) for i in layers]
         tokens = mx.stack([mx.stack(list(pair)) for pair in found])
         return np.array(tokens.astype(mx.float32 if tokens.itemsize > 2 else mx.float16))
+
+    def window_blocks(self, state: State, begin: int, count: int, shape: Shape) -> mx.array:
+        """The blocks of tokens begin .. begin + count - 1 of every row, as `storage_blocks.packed` has them, as bytes.
+
+        Rows stand at one position, and the window of each of the shape's layers must still hold the tokens.
+        """
+        windows = [state.layers[i].window for i in shape.layers]
+        router = state.layers[shape.router].window
+        return packed_window(self.config, windows, router, begin, count, state.offset, shape)
+
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> mx.array:
+        """Keys and values (layers, 2, b, g, n * block, p) of blocks (b, n, payload_bytes) that were read back."""
+        return unpacked_blocks(mx.array(payloads), shape, self.norm.weight.dtype)
+
+    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+        """`storage_index.block_scores`, on the CPU: MLX is not asked from other threads."""
+        return block_scores(queries, summaries)
 
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[mx.array, State]:
         """Logits (b, v) after one token (b,) of each row, and the state.

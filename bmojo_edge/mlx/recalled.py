@@ -6,12 +6,15 @@ where blocks are kept or how they were chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from bmojo_edge.config import Config
 from bmojo_edge.mlx.layout import Layout, Step, choose_rows, turns_of
 from bmojo_edge.mlx.ops import Pinned, Slots, rotary, rotate
 from bmojo_edge.state import RecalledState, WindowState
+from bmojo_edge.storage_blocks import Shape
 
 
 def seen_recalled(positions: mx.array, kept: mx.array | None) -> mx.array:
@@ -85,3 +88,70 @@ def window_tokens(
     k, v = (mx.take_along_axis(x, slots, axis=2) for x in (window.k, window.v))
     turns = turns_of(config)
     return k if turns is None else rotate(k, rotary(position + offset[:, None], turns), inverse=True), v
+
+
+# --- blocks as a store keeps them -------------------------------------------------------------------------------------
+
+
+def _unrotated(
+    config: Config, windows: Sequence[WindowState], begin: int, count: int, offset: mx.array
+) -> tuple[mx.array, mx.array]:
+    """`window_tokens` of rows that all stand at one position, of some layers: (b, layers, g, count, p) both."""
+    w, first, turns = config.window, begin % config.window, turns_of(config)
+    end, rest = min(first + count, w), max(first + count - w, 0)
+
+    def joined(name: str) -> mx.array:
+        rings = [getattr(x, name) for x in windows]
+        parts = [mx.stack([ring[:, :, first:end] for ring in rings], axis=1)]
+        return mx.concatenate([*parts, mx.stack([ring[:, :, :rest] for ring in rings], axis=1)], 3) if rest else parts[0]
+
+    k, v = joined("k"), joined("v")
+    if turns is not None:
+        position = mx.arange(begin, begin + count, dtype=mx.int64) + offset[:, None]
+        k = rotate(k.flatten(1, 2), rotary(position, turns), inverse=True).reshape(k.shape)
+    return k, v
+
+
+def _filled(x: mx.array, block: int, skip: int) -> mx.array:
+    """x (..., t, p) in float32 and whole blocks: the first `skip` tokens as the next, the last one as often as needed."""
+    t = x.shape[-2]
+    tokens = mx.clip(mx.arange(-(-t // block) * block), skip, t - 1)
+    return mx.take(x.astype(mx.float32), tokens, axis=-2)
+
+
+def _bytes(x: mx.array, rows: int) -> mx.array:
+    return mx.contiguous(x).reshape(rows, -1).view(mx.uint8)
+
+
+def packed_window(
+    config: Config, windows: Sequence[WindowState], router: WindowState, begin: int, count: int, offset: mx.array,
+    shape: Shape,
+) -> mx.array:  # fmt: skip
+    """`storage_blocks.packed` of the tokens at positions begin .. begin + count - 1, which the windows still hold.
+
+    windows: of the shape's layers; offset (b,). The same bytes as NumPy's, computed where the windows are.
+    """
+    s, b, skip = shape, len(offset), min(max(config.n_sinks - begin, 0), count - 1)
+    n = -(-count // s.block)
+    keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
+    pairs = keys.reshape(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim)
+    means = sum((pairs[..., i, :] for i in range(1, s.pool)), start=pairs[..., 0, :]) * (1 / s.pool)
+    summaries = means.transpose(0, 2, 3, 1, 4).astype(mx.float16)
+    kv = mx.stack(_unrotated(config, windows, begin, count, offset), axis=2)
+    kv = _filled(kv, s.block, skip).reshape(*kv.shape[:4], n, s.block, s.head_dim).transpose(0, 4, 1, 2, 3, 5, 6)
+    scales = (mx.abs(kv).max(-1) / 127).astype(mx.float16)
+    wider = scales.astype(mx.float32)
+    inverse = mx.where(wider > 0, 1 / wider, mx.array(0, mx.float32))
+    values = mx.clip(mx.round(kv * inverse[..., None]), -127, 127).astype(mx.int8)
+    payloads = mx.concatenate([_bytes(scales, b * n), _bytes(values, b * n)], axis=1)
+    return mx.concatenate([payloads.reshape(-1), _bytes(summaries, 1)[0]])
+
+
+def unpacked_blocks(payloads: mx.array, shape: Shape, dtype: mx.Dtype) -> mx.array:
+    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): (layers, 2, b, g, n * block, p) in `dtype`."""
+    s, (b, n, _) = shape, payloads.shape
+    size = (b, n, len(s.layers), 2, s.kv_heads, s.block)
+    scales = mx.contiguous(payloads[..., : s.scales_bytes]).view(mx.float16).reshape(size)
+    values = mx.contiguous(payloads[..., s.scales_bytes :]).view(mx.int8).reshape(*size, s.head_dim)
+    found = (values.astype(mx.float32) * scales.astype(mx.float32)[..., None]).astype(mx.float16).astype(dtype)
+    return found.transpose(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)

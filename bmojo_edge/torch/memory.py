@@ -213,12 +213,10 @@ def read_memories(
         if not layout.fresh or t - 1 + config.chunk_size > w:  # else nothing has left a window
             q = pinned_query(config, x.q, layout.turns)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
-    queries = layout.queries(config.chunk_size)
-    if state.recalled:  # () without storage; the fused kernel has no such memory
+    if state.recalled:  # () without storage
         q = pinned_query(config, x.q, layout.turns) if pinned is None else pinned.q
         pinned = with_recalled(config, pinned, q, state.recalled, sets, layout.chunks)
-        queries = queries._replace(aligned=False)
-    o = memory_attention(bands, pinned, queries, softmax_scale(config))
+    o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
 
 

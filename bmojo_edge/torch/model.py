@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmojo_edge.config import Config
+from bmojo_edge.engine import as_engine
 from bmojo_edge.state import State, attending, map_leaves, state_spec
+from bmojo_edge.storage_blocks import Shape
+from bmojo_edge.storage_index import block_scores
 from bmojo_edge.tokenizer import Tokenizer
 from bmojo_edge.torch.block import Block
 from bmojo_edge.torch.layers import RMSNorm
@@ -33,7 +36,7 @@ from bmojo_edge.torch.layout import (
 )
 from bmojo_edge.torch.mixers import Remembered
 from bmojo_edge.torch.ops import why_plain, wide
-from bmojo_edge.torch.recalled import window_tokens
+from bmojo_edge.torch.recalled import packed_window, scores_of_blocks, unpacked_blocks, window_tokens
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -71,6 +74,7 @@ class Model(nn.Module):
         dtype = dtype_of(config)
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self._beside: torch.cuda.Stream | None = None  # for what other threads ask of a GPU
         self.embed = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(len(config.layer_types)))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
@@ -304,6 +308,31 @@ class Model(nn.Module):
         found = [window_tokens(self.config, state.layers[i].window, position, state.offset) for i in layers]
         tokens = torch.stack([torch.stack(pair) for pair in found])
         return tokens.to(torch.float32 if tokens.element_size() > 2 else torch.float16).cpu().numpy()
+
+    @torch.no_grad()
+    def window_blocks(self, state: State, begin: int, count: int, shape: Shape) -> Tensor:
+        """The blocks of tokens begin .. begin + count - 1 of every row, as `storage_blocks.packed` has them, as bytes.
+
+        Rows stand at one position, and the window of each of the shape's layers must still hold the tokens.
+        """
+        windows = [state.layers[i].window for i in shape.layers]
+        router = state.layers[shape.router].window
+        return packed_window(self.config, windows, router, begin, count, state.offset, shape)
+
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Tensor:
+        """Keys and values (layers, 2, b, g, n * block, p) of blocks (b, n, payload_bytes) that were read back."""
+        return unpacked_blocks(as_engine(payloads, self.embed.weight), shape, self.embed.weight.dtype)
+
+    @torch.no_grad()
+    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+        """`storage_index.block_scores`; on a GPU there, beside the model's other work. Any thread may call it."""
+        if self.device.type != "cuda":
+            return block_scores(queries, summaries)
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._beside):
+            given = (as_engine(x, self.embed.weight) for x in (queries, summaries))
+            return scores_of_blocks(*given).cpu().numpy()
 
     @torch.no_grad()
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[Tensor, State]:

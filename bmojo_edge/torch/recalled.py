@@ -6,14 +6,19 @@ where blocks are kept or how they were chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bmojo_edge.config import Config
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.state import RecalledState, WindowState
+from bmojo_edge.storage_blocks import Shape
 from bmojo_edge.torch.layout import Layout, Step, choose_rows, last_values
 from bmojo_edge.torch.ops import Chunks, Pinned, Slots, rotary, rotate, wide
+
+AT_ONCE = 2**26  # values that are made into blocks at one time, a layer's at least: a bound on memory
 
 
 def seen_recalled(positions: Tensor, kept: Tensor | None) -> Tensor:
@@ -34,20 +39,21 @@ def with_recalled(
     q (b, h, t, p): pinned queries; sets (b, c, e): eidetic positions of each chunk, None without eidetic memory.
     """
     b, n = recalled.positions.shape
-    first = 0 if pinned is None else pinned.k.shape[2]
     seen = seen_recalled(recalled.positions, sets)
     seen = seen if sets is not None else seen[:, None].expand(-1, chunks.limit.shape[1], -1)
     if chunks.document is not None:
         seen = seen & (chunks.document == 0)[..., None]
-    columns = torch.where(seen, first + torch.arange(n, device=q.device), -1)
+    columns = torch.where(seen, torch.arange(n, device=q.device), -1)
     always = torch.full((b, n), -config.window, device=q.device)  # seen by the first token already
     if pinned is None:
-        return Pinned(q, recalled.k, recalled.v, always, columns, near=config.window)
+        return Pinned(q, recalled.k, recalled.v, always, columns, config.window, own=n)
+    others = torch.where(pinned.columns < 0, -1, pinned.columns + n)  # what was carried comes before the call's own
     return pinned._replace(
-        k=torch.cat([pinned.k, recalled.k], dim=2),
-        v=torch.cat([pinned.v, recalled.v], dim=2),
-        position=torch.cat([pinned.position, always], dim=1),
-        columns=torch.cat([pinned.columns, columns], dim=2),
+        k=torch.cat([recalled.k, pinned.k], dim=2),
+        v=torch.cat([recalled.v, pinned.v], dim=2),
+        position=torch.cat([always, pinned.position], dim=1),
+        columns=torch.cat([others, columns], dim=2),
+        own=pinned.own + n,
     )
 
 
@@ -75,3 +81,85 @@ def window_tokens(config: Config, window: WindowState, position: Tensor, offset:
         return k, v
     turns = torch.from_numpy(turns.view("int64")).to(k.device)
     return rotate(k, rotary(position + offset[:, None], turns, wide(k.dtype)), inverse=True), v
+
+
+# --- blocks as a store keeps them -------------------------------------------------------------------------------------
+
+
+def _unrotated(
+    config: Config, windows: Sequence[WindowState], begin: int, count: int, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`window_tokens` of rows that all stand at one position, of some layers: (b, layers, g, count, p) both."""
+    w, turns = config.window, turns_per_token(config)
+    first = begin % w
+    spans = [(first, min(count, w - first)), (0, count - min(count, w - first))]
+
+    def joined(name: str) -> Tensor:
+        parts = [torch.stack([getattr(x, name).narrow(2, *span) for x in windows], dim=1) for span in spans if span[1]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+    k, v = joined("k"), joined("v")
+    if turns is not None:
+        position = torch.arange(begin, begin + count, device=k.device) + offset[:, None]
+        at = rotary(position, torch.from_numpy(turns.view("int64")).to(k.device), wide(k.dtype))
+        k = rotate(k.flatten(1, 2), at, inverse=True).view(k.shape)
+    return k, v
+
+
+def _filled(x: Tensor, block: int, skip: int) -> Tensor:
+    """x (..., t, p) in float32 and whole blocks: the first `skip` tokens as the next, the last one as often as needed."""
+    t = x.shape[-2]
+    x = x.float()
+    if skip:
+        x = torch.cat([x[..., skip : skip + 1, :].expand(*x.shape[:-2], skip, -1), x[..., skip:, :]], dim=-2)
+    if t % block:
+        x = torch.cat([x, x[..., -1:, :].expand(*x.shape[:-2], -t % block, -1)], dim=-2)
+    return x
+
+
+def packed_window(
+    config: Config, windows: Sequence[WindowState], router: WindowState, begin: int, count: int, offset: Tensor,
+    shape: Shape,
+) -> Tensor:  # fmt: skip
+    """`storage_blocks.packed` of the tokens at positions begin .. begin + count - 1, which the windows still hold.
+
+    windows: of the shape's layers; offset (b,). The same bytes as NumPy's, computed where the windows are.
+    """
+    s, b, skip = shape, len(offset), min(max(config.n_sinks - begin, 0), count - 1)
+    n, layers, device = -(-count // s.block), len(windows), offset.device
+    keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
+    pairs = keys.view(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim).unbind(4)
+    summaries = (sum(pairs[1:], start=pairs[0]) * (1 / s.pool)).permute(0, 2, 3, 1, 4).half()
+    size = (b, n, layers, 2, s.kv_heads, s.block)
+    scales = torch.empty(size, dtype=torch.float16, device=device)
+    values = torch.empty(*size, s.head_dim, dtype=torch.int8, device=device)
+    most = torch.full((), 127.0, device=device)  # a number would be divided by as a product with its inverse
+    together = max(1, AT_ONCE // (values.numel() // layers))
+    for i in range(0, layers, together):
+        kv = torch.stack(_unrotated(config, windows[i : i + together], begin, count, offset), dim=2)
+        kv = _filled(kv, s.block, skip).unflatten(-2, (n, s.block)).permute(0, 4, 1, 2, 3, 5, 6)
+        scale = (kv.abs().amax(-1) / most).half()
+        wider = scale.float()
+        inverse = torch.where(wider > 0, 1 / wider, 0)
+        scales[:, :, i : i + together] = scale
+        values[:, :, i : i + together] = (kv * inverse[..., None]).round_().clamp_(-127, 127)
+    payloads = [x.view(b * n, -1).view(torch.uint8) for x in (scales, values)]
+    return torch.cat([torch.cat(payloads, dim=1).view(-1), summaries.reshape(-1).view(torch.uint8)])
+
+
+def unpacked_blocks(payloads: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): (layers, 2, b, g, n * block, p) in `dtype`."""
+    s, (b, n, _) = shape, payloads.shape
+    size = (b, n, len(s.layers), 2, s.kv_heads, s.block)
+    scales = payloads[..., : s.scales_bytes].contiguous().view(torch.float16).view(size)
+    values = payloads[..., s.scales_bytes :].contiguous().view(torch.int8).view(*size, s.head_dim)
+    found = (values.float() * scales.float()[..., None]).half().to(dtype)
+    return found.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)
+
+
+def scores_of_blocks(queries: Tensor, summaries: Tensor) -> Tensor:
+    """`storage_index.block_scores`: (h, q, n) of queries (h, q, p) and summaries (n, m, g, p)."""
+    (h, q, p), (n, m, g, _) = queries.shape, summaries.shape
+    keys = summaries.float().permute(2, 0, 1, 3).reshape(g, n * m, p)
+    scores = keys @ queries.reshape(g, h // g * q, p).transpose(1, 2)
+    return scores.view(g, n, m, -1).amax(2).view(g, n, h // g, q).permute(0, 2, 3, 1).reshape(h, q, n)

@@ -104,13 +104,13 @@ def test_the_twins_recall_the_same_blocks(references: Any) -> None:
 
 def test_the_writers_pace_changes_nothing(references: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = with_store("torch", WINDOWED, tmp_path / "s")
-    write = lm.store._files.write_payload
+    write = lm.store._files.write
 
-    def slowly(*arguments: Any) -> int:
+    def slowly(*arguments: Any) -> None:
         time.sleep(0.02)
-        return write(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(lm.store._files, "write_payload", slowly)
+    monkeypatch.setattr(lm.store._files, "write", slowly)
     logits, state = feed(lm, random_tokens(WINDOWED, 2, T), lm.init_state(2), [31])
     np.testing.assert_allclose(logits, references["torch", "windowed"][0], rtol=1e-5, atol=1e-6)
     assert_same(state, references["torch", "windowed"][1])
@@ -217,7 +217,7 @@ def test_state_and_memory_stay_as_large_as_they_were(lm: WithStorage) -> None:
     _, late = feed(lm, tokens[:, 100:], early, [])
     assert [(name, leaf.nbytes) for name, leaf in leaves(late)] == [(name, leaf.nbytes) for name, leaf in leaves(early)]
     lm.store.flush()
-    assert not lm.store._waiting
+    assert not len(lm.store._writer)
 
 
 def test_what_cannot_be_is_refused(lm: WithStorage, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from bmojo_edge.storage import Store, StoreError
-from bmojo_edge.storage_files import BLOCKS, ENTRIES, HEAD, SOURCES, Shape, dequantised, quantised
+from bmojo_edge.storage_blocks import Shape, blocks_of, packed, unpacked
+from bmojo_edge.storage_files import BLOCKS, ENTRIES, HEAD, SOURCES
 from bmojo_edge.storage_index import block_scores, relevance
 
 SHAPE = Shape(block=4, layers=(0, 2), router=1, pool=2, kv_heads=2, head_dim=8)
@@ -43,23 +44,40 @@ def fill(store: Store, blocks: int, seed: int = 0) -> tuple[int, np.ndarray]:
 # --- what goes in comes out
 
 
+def read(store: Store, slots: np.ndarray) -> np.ndarray:
+    """Keys and values (layers, 2, g, n * block, p) of blocks."""
+    return unpacked(store.payloads(slots)[None], store.shape)[:, :, 0]
+
+
 def test_eight_bits_are_near() -> None:
-    block = kv_of(np.random.default_rng(1), 1)[:2].reshape(2, 2, 2, 4, 8)
-    block[0, 0, 0, 0] = 0  # a token of zeros
-    got = dequantised(quantised(block), SHAPE)
-    assert got.shape == block.shape
-    largest = np.abs(block).max(-1, keepdims=True)
-    assert (np.abs(got - block) <= largest * (0.5 / 127 + 2**-10)).all()
+    kv = kv_of(np.random.default_rng(1), 3)[:, :, None]
+    kv[0, 0, 0, 0, 0] = 0  # a token of zeros
+    kv[1, 1, 0, 0, 1] *= 1e-4  # one whose scale has an inverse beyond float16's range
+    blocks = blocks_of(packed(kv, SHAPE), SHAPE)
+    got = unpacked(blocks.payloads[None], SHAPE)
+    assert got.shape == (2, 2, 1, 2, 12, 8)
+    largest = np.abs(kv[:2]).max(-1, keepdims=True)
+    assert (np.abs(got - kv[:2]) <= largest * (0.5 / 127 + 2**-10) + 127 * 2.0**-25).all()
+    assert blocks.summaries.shape == (3, 2, 2, 8)
+    want = kv[2, 0, 0, :, 6:8].mean(1)  # the second pair of the second block, a head
+    np.testing.assert_allclose(blocks.summaries[1, 1], want, atol=1e-3)
+
+
+def test_what_is_never_read_is_copied_from_its_neighbours() -> None:
+    """The first tokens of a text, and those that fill up its last block."""
+    kv = kv_of(np.random.default_rng(1), 2)[:, :, None, :, :6]
+    whole = kv[..., [2, 2, 2, 3, 4, 5, 5, 5], :]
+    np.testing.assert_array_equal(packed(kv, SHAPE, skip=2), packed(whole, SHAPE))
 
 
 def test_blocks_come_back_before_and_after_they_are_written(store: Store) -> None:
     branch, kv = fill(store, 5)
     slots = store.visible(store.next_id, 0, 0)
     assert len(slots) == len(store) == 5
-    early = store.read(slots[[3, 1]])  # perhaps still on their way to the disk
+    early = read(store, slots[[3, 1]])  # perhaps still on their way to the disk
     store.flush()
     store._cache.clear()
-    late = store.read(slots[[3, 1]])
+    late = read(store, slots[[3, 1]])
     np.testing.assert_array_equal(early, late)
     want = np.concatenate([kv[:2, :, :, 12:16], kv[:2, :, :, 4:8]], axis=3)
     assert np.abs(late - want).max() < 0.02
@@ -73,9 +91,9 @@ def test_it_opens_as_it_was_closed(tmp_path: Path) -> None:
         branch, _ = fill(store, 3)
         store.complete(branch)
         slots = store.visible(store.next_id, 0, 0)
-        want, sources = store.read(slots), store.sources
+        want, sources = read(store, slots), store.sources
     with Store(tmp_path / "s", MODEL) as store:
-        np.testing.assert_array_equal(store.read(store.visible(store.next_id, 0, 0)), want)
+        np.testing.assert_array_equal(read(store, store.visible(store.next_id, 0, 0)), want)
         assert store.sources == sources
         assert sources[0][:3] == (1, "text 0", "file") and sources[0].complete
         assert (sources[0].blocks, sources[0].tokens) == (3, 12)
@@ -175,13 +193,22 @@ def test_the_disk_budget_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
         assert len(store) == 20 and store.next_id == 51
 
 
-def test_the_ram_budget_holds(tmp_path: Path) -> None:
+def test_the_ram_budget_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 0
     with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**7, ram_bytes=8 * SHAPE.payload_bytes) as store:
+        write = store._files.write
+
+        def watched(*arguments: Any) -> None:
+            nonlocal most
+            most = max(most, len(store._writer))
+            write(*arguments)
+
+        monkeypatch.setattr(store._files, "write", watched)
         fill(store, 100)
+        assert 0 < most <= 4
         slots = store.visible(store.next_id, 0, 0)
         for slot in slots:
-            store.read(np.array([slot]))
-            assert len(store._waiting) <= 3
+            store.payloads(np.array([slot]))
             assert sum(block.nbytes for block in store._cache.values()) <= 4 * SHAPE.payload_bytes
 
 
@@ -190,7 +217,7 @@ def test_removing_and_compacting_leave_the_rest_as_it_was(tmp_path: Path) -> Non
         first, _ = fill(store, 10, seed=1)
         second, _ = fill(store, 6, seed=2)
         slots = store.visible(store.next_id, 0, 0)
-        want = store.read(slots[store.branches(slots) == second])
+        want = read(store, slots[store.branches(slots) == second])
         assert store.remove(first) == 10
         assert [source.branch for source in store.sources] == [second]
         with pytest.raises(StoreError, match=f"no source {first}"):
@@ -199,7 +226,7 @@ def test_removing_and_compacting_leave_the_rest_as_it_was(tmp_path: Path) -> Non
         assert after < before
     with Store(tmp_path / "s", MODEL) as store:
         slots = store.visible(store.next_id, 0, 0)
-        np.testing.assert_array_equal(store.read(slots), want)
+        np.testing.assert_array_equal(read(store, slots), want)
         assert store._ids[slots].tolist() == list(range(11, 17))  # blocks keep their numbers
         assert store.damaged() == []
         assert store.begin("new", "file") == 3  # and sources theirs
@@ -213,7 +240,7 @@ def test_damage_is_found_and_left_out(tmp_path: Path) -> None:
         file.write(b"\x55\xaa")
     store = Store(tmp_path / "s", MODEL)
     with pytest.raises(StoreError, match=r"blocks.bin: block in slot 2 is damaged.*memory verify"):
-        store.read(np.array([2]))
+        store.payloads(np.array([2]))
     assert len(store.damaged()) == 1
     store.compacted()
     with Store(tmp_path / "s", MODEL) as store:
@@ -276,11 +303,11 @@ def test_a_full_disk_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store._files, "write_payload", full)
+    monkeypatch.setattr(store._files, "write", full)
     fill(store, 1)
     with pytest.raises(StoreError, match=r"writing failed.*No space left"):
         store.flush()
-    store._failed = None  # the fixture closes it
+    store._writer._failed = None  # the fixture closes it
 
 
 # --- kill -9

@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     aligned: bool  # every chunk begins at a multiple of `chunk` columns, as the kernels need it
     tokens: int  # most tokens a growing cache must hold; 0 where none grows
     idle: bool  # a row has no token in this call; only known where a cache grows
+    pinned: Rotary | None  # (1, 1, p / 2) at the distance `window`, see pinned_rotary
 
     @property
     def lookback(self) -> Tensor | None:
@@ -67,6 +68,7 @@ class Step(NamedTuple):
     tokens: int  # as in Layout
     idle: bool
     watch: list[dict[str, Tensor]] | None = None  # where layers note their memories' shares; None: they do not
+    pinned: Rotary | None = None  # as in Layout
 
 
 def turns_of(config: Config, device: torch.device) -> Tensor | None:
@@ -80,6 +82,13 @@ def _sent_once(numbers: bytes, device: torch.device) -> Tensor:
     """int64 numbers on a device: a copy at every call makes the host wait, and can be no part of a CUDA graph."""
     with torch.inference_mode(False):
         return torch.frombuffer(bytearray(numbers), dtype=torch.int64).to(device)
+
+
+def pinned_rotary(config: Config, turns: Tensor | None, dtype: torch.dtype) -> Rotary | None:
+    """Angles of queries that meet unrotated keys, at one distance; None where no layer has such, or no positions."""
+    if turns is None or "bmojo" not in config.layer_types:
+        return None
+    return rotary(torch.full((1, 1), config.window, dtype=torch.int64, device=turns.device), turns, dtype)
 
 
 class Segments(NamedTuple):
@@ -142,7 +151,7 @@ def layout_of(
     angles = None if turns is None else rotary(position + offset[:, None], turns, dtype)
     return Layout(
         position, document, real, start, offset, last_column, last_position, last_document,
-        *counted, turns, angles, fresh, aligned, 0, False,
+        *counted, turns, angles, fresh, aligned, 0, False, pinned_rotary(config, turns, dtype),
     )  # fmt: skip
 
 
@@ -229,7 +238,8 @@ def step_of(config: Config, position: Tensor, offset: Tensor, active: Tensor | N
     turns = turns_of(config, position.device)
     at = None if turns is None else rotary((position + offset)[:, None], turns, dtype)
     idle = torch.zeros_like(position, dtype=torch.bool) if active is None else ~active
-    return Step(position, offset, active, promotes, turns, at, *growth_of(config, position - idle.long(), idle))
+    growth = growth_of(config, position - idle.long(), idle)
+    return Step(position, offset, active, promotes, turns, at, *growth, pinned=pinned_rotary(config, turns, dtype))
 
 
 # --- what a call leaves behind ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from bmojo_edge.torch.ops import (
     select_eidetic,
     wide,
 )
-from bmojo_edge.torch.recalled import recalled_slots, with_recalled
+from bmojo_edge.torch.recalled import recalled_columns, recalled_slots
 
 
 class Projected(NamedTuple):
@@ -42,14 +42,6 @@ class Projected(NamedTuple):
     q_fading: Tensor  # (b, h, t, p): q itself where the fading projections are tied
     k_fading: Tensor | None  # (b, g, t, p)
     v_fading: Tensor | None  # (b, g, t, p)
-
-
-def pinned_query(config: Config, q: Tensor, turns: Tensor | None) -> Tensor:
-    """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
-    if turns is None:
-        return q
-    distance = torch.full((1, 1), config.window, dtype=torch.int64, device=q.device)
-    return rotate(q, rotary(distance, turns, wide(q.dtype)))
 
 
 # --- a call of many tokens --------------------------------------------------------------------------------------------
@@ -68,7 +60,7 @@ def band(ring: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, near: int, 
 
 
 class _Pool(NamedTuple):
-    """All unrotated keys a call may pin: sink slots, eidetic slots, the ring's leavers, the call's own tokens."""
+    """All unrotated keys a call may pin: sinks, eidetic slots, the ring's leavers, recalled blocks, the call's own."""
 
     k: Tensor  # (b, g, n, p)
     v: Tensor  # (b, g, n, p)
@@ -119,6 +111,10 @@ def _pool(config: Config, x: Projected, scores: Tensor | None, state: BMojoState
         k, v, mark = _leavers(config, state.window, leaving, layout)
         ks, vs, marks = [*ks, k], [*vs, v], [*marks, mark]
         positions = [*positions, torch.where(leaving < layout.start[:, None], leaving, -1)]
+    if state.recalled:  # () without storage; never candidates, and seen by the first token already
+        always = torch.full_like(state.recalled.positions, -config.window)
+        ks, vs, positions = [*ks, state.recalled.k], [*vs, state.recalled.v], [*positions, always]
+        marks = marks if scores is None else [*marks, torch.zeros_like(always, dtype=scores.dtype)]
     carried = sum(p.shape[1] for p in positions)
     ks, vs = [*ks, x.k[:, :, :own]], [*vs, x.v[:, :, :own]]
     position = torch.cat([*positions, layout.position[:, :own]], dim=1)
@@ -199,7 +195,7 @@ def read_memories(
         slots = torch.arange(config.n_sinks, device=x.k.device)
         held = torch.where(slots <= layout.last_position[:, None], slots, -1)
         sinks = SinkState(*(overwritten(s, new, held, layout) for s, new in ((sinks.k, x.k), (sinks.v, x.v))))
-    if config.n_sinks or scores is not None:
+    if config.n_sinks or scores is not None or state.recalled:
         assert layout.chunks is not None
         pool, columns = _pool(config, x, scores, state, layout), []
         if config.n_sinks:
@@ -209,13 +205,13 @@ def read_memories(
             eidetic, columns = _kept(state.eidetic, pool, chosen, layout), [*columns, chosen]
             sets = pool.position.gather(1, chosen.clamp(min=0).flatten(1)).view_as(chosen)
             sets = sets.masked_fill(chosen < 0, -1)
+        if state.recalled:
+            first = pool.own - state.recalled.positions.shape[1]
+            columns.append(recalled_columns(state.recalled, sets, layout.chunks, first))
         t = layout.position.shape[1]
         if not layout.fresh or t - 1 + config.chunk_size > w:  # else nothing has left a window
-            q = pinned_query(config, x.q, layout.turns)
+            q = rotate(x.q, layout.pinned)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
-    if state.recalled:  # () without storage
-        q = pinned_query(config, x.q, layout.turns) if pinned is None else pinned.q
-        pinned = with_recalled(config, pinned, q, state.recalled, sets, layout.chunks)
     o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
 
@@ -259,8 +255,8 @@ def step_memories(
         k = put(state.fading.k, slot, rotate(x.k_fading, step.rotary), step.active)
         fading, held = FadingState(k, put(state.fading.v, slot, x.v_fading, step.active)), slot_positions(w + f, i)
         memories["fading"] = Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving))
-    if config.n_sinks or score is not None:
-        q = pinned_query(config, x.q, step.turns)
+    if config.n_sinks or score is not None or state.recalled:
+        q = rotate(x.q, step.pinned)
         if config.n_sinks:
             slots = torch.arange(config.n_sinks, device=i.device)
             first = i < config.n_sinks if step.active is None else step.active & (i < config.n_sinks)
@@ -270,9 +266,9 @@ def step_memories(
         if score is not None:
             seen = (eidetic.positions >= 0) & (eidetic.positions <= leaving)
             memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, seen)
-    if state.recalled:
-        q, kept = pinned_query(config, x.q, step.turns), None if score is None else eidetic.positions
-        memories["storage"] = recalled_slots(q, state.recalled, kept)
+        if state.recalled:
+            kept = None if score is None else eidetic.positions
+            memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, softmax_scale(config)))
     o = memory_attention_step(list(memories.values()), softmax_scale(config))

@@ -16,7 +16,7 @@ from bmojo_edge.rope import turns_per_token
 from bmojo_edge.state import RecalledState, WindowState
 from bmojo_edge.storage_blocks import Shape
 from bmojo_edge.torch.layout import Layout, Step, choose_rows, last_values
-from bmojo_edge.torch.ops import Chunks, Pinned, Slots, rotary, rotate, wide
+from bmojo_edge.torch.ops import Chunks, Slots, rotary, rotate, wide
 
 AT_ONCE = 2**26  # values that are made into blocks at one time, a layer's at least: a bound on memory
 
@@ -31,30 +31,17 @@ def seen_recalled(positions: Tensor, kept: Tensor | None) -> Tensor:
     return full.view(spread.shape) & ~twice
 
 
-def with_recalled(
-    config: Config, pinned: Pinned | None, q: Tensor, recalled: RecalledState, sets: Tensor | None, chunks: Chunks
-) -> Pinned:
-    """The pinned memory of a call with recalled blocks in it, which every chunk of the carried document reads.
+def recalled_columns(recalled: RecalledState, sets: Tensor | None, chunks: Chunks, first: int) -> Tensor:
+    """Columns (b, c, n) of recalled blocks that each chunk of the carried document reads, -1 = none.
 
-    q (b, h, t, p): pinned queries; sets (b, c, e): eidetic positions of each chunk, None without eidetic memory.
+    sets (b, c, e): eidetic positions of each chunk, None without eidetic memory; first: the column of the first.
     """
-    b, n = recalled.positions.shape
     seen = seen_recalled(recalled.positions, sets)
     seen = seen if sets is not None else seen[:, None].expand(-1, chunks.limit.shape[1], -1)
     if chunks.document is not None:
         seen = seen & (chunks.document == 0)[..., None]
-    columns = torch.where(seen, torch.arange(n, device=q.device), -1)
-    always = torch.full((b, n), -config.window, device=q.device)  # seen by the first token already
-    if pinned is None:
-        return Pinned(q, recalled.k, recalled.v, always, columns, config.window, own=n)
-    others = torch.where(pinned.columns < 0, -1, pinned.columns + n)  # what was carried comes before the call's own
-    return pinned._replace(
-        k=torch.cat([recalled.k, pinned.k], dim=2),
-        v=torch.cat([recalled.v, pinned.v], dim=2),
-        position=torch.cat([always, pinned.position], dim=1),
-        columns=torch.cat([others, columns], dim=2),
-        own=pinned.own + n,
-    )
+    columns = torch.arange(first, first + recalled.positions.shape[1], device=seen.device)
+    return torch.where(seen, columns, -1)
 
 
 def recalled_slots(q: Tensor, recalled: RecalledState, kept: Tensor | None) -> Slots:

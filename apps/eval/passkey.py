@@ -2,10 +2,13 @@
 
     python apps/eval/passkey.py BOOKS.jsonl.xz --device cuda --dtype bfloat16      # the whole table
     python apps/eval/passkey.py BOOKS.jsonl.xz --engine mlx --cases 8192:3
+    python apps/eval/passkey.py BOOKS.jsonl.xz --device cuda --dtype bfloat16 --cost 131072 --cases
+    python apps/eval/passkey.py --merge one.json two.json          # what was run apart, into --out
 
 BOOKS is JSON lines with a "text" each, plain or .xz. Every text is cut to the same number of tokens, the key is never
 in the last window, and keys are spread evenly over the rest. An answer counts if it begins with the five digits.
-Results are written after every case and taken up again: a case that is there is not run again (--again: it is).
+--cost reads and goes on with one text, with and without storage in turns. Results are written after every case and
+taken up again: a case that is there is not run again (--again: it is). Nothing is timed before a first, short run.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy as np
 import bmojo_edge as be
 from bmojo_edge.recall import TOP_K, WithStorage, shape_for
 from bmojo_edge.session_file import identity
-from bmojo_edge.storage import Store
+from bmojo_edge.storage import WRITERS, Store
 from bmojo_edge.tensors import as_numpy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +39,7 @@ QUESTION = "\n\nWhat is the pass key? Remember it. The pass key is"
 CASES = ("8192:50", "32768:20", "131072:5")
 RESULTS = Path(__file__).parent / "results"
 ANSWER_TOKENS = 7
+WARM_UP = 1600  # tokens: more than a window, no multiple of a call
 
 
 class Trials(NamedTuple):
@@ -123,11 +127,22 @@ def recalled_needle(state: Any, layer: int, trials: Trials) -> list[bool]:
     ]
 
 
+def warm_up(lm: Any, trials: Trials, storage: bool, args: argparse.Namespace, rows: int) -> None:
+    """The first tokens of the texts, read and answered: kernels are compiled, memory is taken."""
+    tokens = trials.tokens[:rows, :WARM_UP]
+    with tempfile.TemporaryDirectory() as folder:
+        for lm_used, store in opened(lm, storage, Path(folder) / "store", args):
+            read = lm_used.prefill if store is None else lm_used.prefill_prompt
+            logits, state = read(tokens, lm_used.init_state(len(tokens)))
+            answer(lm_used, state, logits, args.device)
+
+
 def run_case(lm: Any, trials: Trials, storage: bool, args: argparse.Namespace, rows: int) -> dict[str, Any]:
     """One length, with or without storage, `rows` texts at a time."""
     answers: list[str] = []
     found: list[bool] = []
-    seconds, speeds, stored = 0.0, [], 0
+    seconds, writing, speeds, stored = 0.0, 0.0, [], 0
+    warm_up(lm, trials, storage, args, rows)
     for begin in range(0, len(trials.keys), rows):
         part = Trials(
             trials.tokens[begin : begin + rows],
@@ -144,14 +159,18 @@ def run_case(lm: Any, trials: Trials, storage: bool, args: argparse.Namespace, r
                     logits, state = lm_used.prefill(part.tokens, state)
                 else:
                     logits, state = lm_used.prefill_prompt(part.tokens, state)
-                    found += recalled_needle(state, store.shape.layers[-1], part)
                 wait(args.device)
-                as_numpy(logits)
                 seconds += time.perf_counter() - start
+                if store is not None:
+                    found += recalled_needle(state, store.shape.layers[-1], part)
                 texts, state, speed = answer(lm_used, state, logits, args.device)
                 answers += texts
                 speeds.append(speed)
-                stored += 0 if store is None else store.nbytes
+                if store is not None:
+                    start = time.perf_counter()
+                    store.flush()
+                    writing += time.perf_counter() - start
+                    stored += store.nbytes
     exact = [text.strip().startswith(key) for text, key in zip(answers, trials.keys, strict=True)]
     return {
         "tokens": trials.tokens.shape[1],
@@ -162,18 +181,24 @@ def run_case(lm: Any, trials: Trials, storage: bool, args: argparse.Namespace, r
         "exact": sum(exact),
         "accuracy": sum(exact) / len(exact),
         "recalled": sum(found) / len(found) if storage else None,
-        "engine": args.engine,
-        "device": device_name(args.device),
-        "dtype": lm.config.dtype,
+        **on_what(lm, args),
         "rows_at_once": min(rows, len(exact)),
         "prefill_tok_s": trials.tokens.size / seconds,
         "decode_tok_s": float(np.median(speeds)),
+        "flush_after_answer_s": writing if storage else None,
         "store_bytes": stored,
         "details": [
             {"depth": at / trials.tokens.shape[1], "key": key, "answer": text, "exact": ok}
             for at, key, text, ok in zip(trials.places, trials.keys, answers, exact, strict=True)
         ],
     }
+
+
+def on_what(lm: Any, args: argparse.Namespace) -> dict[str, str]:
+    """What tells rows of different machines apart."""
+    return {
+        "engine": args.engine, "device": device_name(args.device), "dtype": lm.config.dtype, "commit": report.commit(),
+    }  # fmt: skip
 
 
 def opened(lm: Any, storage: bool, folder: Path, args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
@@ -189,28 +214,41 @@ def opened(lm: Any, storage: bool, folder: Path, args: argparse.Namespace) -> It
         yield WithStorage(lm, store, top_k=args.top_k), store
 
 
-def decoding_cost(lm: Any, text: np.ndarray, length: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens per second of one row after `length` tokens, without and with storage, choices counted in."""
-    found = []
+def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens per second of reading `length` tokens and of going on, with and without storage in turns.
+
+    Choices are counted in; what the writer has still to do after reading is a number of its own. Storage ends what
+    the other has begun, and begins what it ends: a machine that changes its pace favours neither.
+    """
+    found, tokens = [], np.resize(text, (args.cost_rows, length))
     for storage in (False, True):
+        warm_up(lm, Trials(tokens, [], [], 0), storage, args, args.cost_rows)
+    for storage in (False, True, True, False)[: 2 * args.turns]:
         with tempfile.TemporaryDirectory() as folder:
-            for lm_used, _ in opened(lm, storage, Path(folder) / "store", args):
-                logits, state = lm_used.prefill(np.resize(text, length)[None], lm_used.init_state())
+            for lm_used, store in opened(lm, storage, Path(folder) / "store", args):
+                wait(args.device)
+                start = time.perf_counter()
+                logits, state = lm_used.prefill(tokens, lm_used.init_state(len(tokens)))
+                wait(args.device)
+                read = time.perf_counter() - start
+                if store is not None:
+                    store.flush()
+                flushed = time.perf_counter() - start - read
                 token = as_numpy(logits).astype(np.float32).argmax(-1).astype(np.int64)
                 for _ in range(8):
                     logits, state = lm_used.decode_one_token(token, state)
                 wait(args.device)
                 start = time.perf_counter()
-                for _ in range(steps):
+                for _ in range(args.steps):
                     logits, state = lm_used.decode_one_token(token, state)
-                wait(args.device)
-                as_numpy(logits)
-                speed = steps / (time.perf_counter() - start)
+                    as_numpy(logits)  # as one who samples does
+                going_on = time.perf_counter() - start
                 found.append(
-                    {"decoding_after": length, "storage": storage, "steps": steps, "decode_tok_s": speed,
-                     "engine": args.engine, "device": device_name(args.device), "dtype": lm.config.dtype}
+                    {"cost_after": length, "rows_at_once": len(tokens), "storage": storage, "steps": args.steps,
+                     "prefill_tok_s": tokens.size / read, "decode_tok_s": args.steps / going_on,
+                     "flush_s": flushed, **on_what(lm, args)}
                 )  # fmt: skip
-                print(found[-1], flush=True)
+                print(json.dumps(found[-1]), flush=True)
     return found
 
 
@@ -239,32 +277,57 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def merged(paths: list[Path], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows, and those of other result files; of a case that was run again the later one."""
+
+    def case(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("tokens", "storage", "engine", "dtype", "device", "rows_at_once"))
+
+    for path in paths:
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            rows = [other for other in rows if "tokens" not in row or case(other) != case(row)] + [row]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books", type=Path)
+    parser.add_argument("books", type=Path, nargs="?")
     parser.add_argument("--model", type=Path, help="a windowed Transformer; default: the default model")
     parser.add_argument("--engine", choices=("torch", "mlx"), default="torch")
     parser.add_argument("--device", default="cpu", help="for torch: cpu or cuda")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: as stored")
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="TOKENS:TRIALS")
+    parser.add_argument("--cases", nargs="*", default=CASES, metavar="TOKENS:TRIALS")
     parser.add_argument("--rows", type=int, default=400_000, help="tokens of all texts that run at once, at most")
-    parser.add_argument("--writers", type=int, default=1, help="threads that write the store")
+    parser.add_argument("--writers", type=int, default=WRITERS, help="threads that write the store")
     parser.add_argument("--top-k", type=int, default=TOP_K, help="blocks that are recalled")
     parser.add_argument("--layers", type=int, metavar="FIRST", help="store layers from here on; default: all")
-    parser.add_argument("--decoding", type=int, metavar="STEPS", help="also measure so many steps at the longest text")
+    parser.add_argument("--cost", type=int, metavar="TOKENS", help="also measure speed with and without storage")
+    parser.add_argument("--cost-rows", type=int, default=1, help="texts at once for --cost")
+    parser.add_argument("--steps", type=int, default=600, help="tokens that --cost decodes")
+    parser.add_argument("--turns", type=int, choices=(1, 2), default=2, help="of --cost")
     parser.add_argument("--only", choices=("with", "without"), help="storage")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="only add the rows of other result files")
     parser.add_argument("--out", type=Path, default=RESULTS / "passkey.json")
     args = parser.parse_args()
+    rows = [] if not args.out.exists() or args.again else json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    if args.merge:
+        former = json.loads(args.merge[-1].read_text(encoding="utf-8"))
+        rows = merged(args.merge, rows)
+        report.write(args.out, rows, (), **{key: former[key] for key in former if key != "rows"})
+        draw(rows, args.out.with_suffix(".svg"))
+        return
+    if args.books is None:
+        parser.error("BOOKS is missing")
     if args.model is None:
         from bmojo_convert.default import ensure_default_model
 
         args.model = ensure_default_model()
     lm = load(args.engine, args.model, args.dtype, args.device)
     cases = [tuple(map(int, case.split(":"))) for case in args.cases]
-    rows = [] if not args.out.exists() or args.again else json.loads(args.out.read_text(encoding="utf-8"))["rows"]
-    text = text_tokens(args.books, lm.tokenizer, 4 * max(length for length, _ in cases))
+    longest = max([length for length, _ in cases] + [args.cost or 0])
+    text = text_tokens(args.books, lm.tokenizer, 4 * longest)
 
     def keep(more: list[dict[str, Any]]) -> None:
         rows.extend(more)
@@ -282,8 +345,8 @@ def main() -> None:
             keep([row])
             shown = {key: row[key] for key in row if key != "details"}
             print(json.dumps(shown), flush=True)
-    if args.decoding:
-        keep(decoding_cost(lm, text, max(length for length, _ in cases), args.decoding, args))
+    if args.cost:
+        keep(cost(lm, text, args.cost, args))
     if not args.no_plot:
         draw(rows, args.out.with_suffix(".svg"))
 

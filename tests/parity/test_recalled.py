@@ -9,11 +9,13 @@ import pytest
 
 from bmojo_edge import reference
 from bmojo_edge.config import Config
-from bmojo_edge.engine import as_engine
+from bmojo_edge.engine import as_engine, to_host
+from bmojo_edge.recall import shape_for
 from bmojo_edge.reference_memory import rotate
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.state import ELSEWHERE, RecalledState, State
-from tests.helpers import GRID, assert_close, assert_states_close, random_tokens, random_weights, to_numpy
+from bmojo_edge.storage_blocks import Shape, blocks_of, packed, unpacked
+from tests.helpers import GRID, assert_close, assert_states_close, odd, random_tokens, random_weights, to_numpy
 from tests.twins import ENGINES, build
 
 CASES = ["all", "no rope", "no sinks", "no eidetic", "no ssm", "ring alone", "untied, qk-norm, bias", "chunk of one",
@@ -123,3 +125,45 @@ def test_what_the_window_holds_comes_out_unrotated(engine: str) -> None:
     for kind, name in enumerate("kv"):
         want = (u @ weights[f"layers.0.mixer.{name}_proj.weight"].T).reshape(6, config.kv_heads, config.d_head)
         assert_close(ref[0, kind, 0], want.transpose(1, 0, 2), BOUND, name)
+
+
+# --- blocks as bytes
+
+KEPT = {"sinks": odd(window=16, chunk=4, ssm=None, n_eidetic=3, n_sinks=3), "no rope": odd(window=16, rope_theta=None),
+        "mixed": odd("bmojo", "attention", "bmojo", window=16, attention_window=(None, 5, None))}  # fmt: skip
+
+
+def check_bytes(model: Any, config: Config, shape: Shape) -> None:
+    """Blocks that a twin makes and reads, against NumPy's from the same window: whole, cut, wrapped around the ring."""
+    tokens, state, fed = random_tokens(config, 2, 40), model.init_state(2, offset=5), 0
+    kept = list(dict.fromkeys((*shape.layers, shape.router)))
+    for end, begin, count in ((3, 0, 3), (13, 4, 9), (25, 16, 9), (40, 24, 16)):
+        _, state = model.forward(tokens[:, fed:end], state)
+        fed, skip = end, max(config.n_sinks - begin, 0)
+        want = packed(model.window_tokens(state, begin, count, kept), shape, skip)
+        np.testing.assert_array_equal(to_host(model.window_blocks(state, begin, count, shape))(), want)
+        assert blocks_of(want, shape).payloads.any()
+        payloads = blocks_of(want, shape).payloads.reshape(2, -1, shape.payload_bytes)
+        got = model.recalled_blocks(payloads, shape)
+        like = as_engine(unpacked(payloads, shape), got)
+        ref = like.to(got.dtype) if hasattr(like, "to") else like.astype(got.dtype)
+        np.testing.assert_array_equal(to_numpy(got), to_numpy(ref))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", KEPT)
+def test_a_twins_blocks_are_numpys_bit_for_bit(name: str, engine: str, dtype: str) -> None:
+    config = KEPT[name].replace(dtype=dtype)
+    model, shape = build(engine, config, random_weights(config)), shape_for(config, block=4)
+    assert model.config.dtype == dtype
+    check_bytes(model, config, shape)
+    check_bytes(model, config, shape._replace(layers=shape.layers[-1:], router=shape.layers[0], pool=4))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gpus_blocks_are_numpys_bit_for_bit(dtype: str) -> None:
+    config = KEPT["sinks"].replace(dtype=dtype)
+    model = build("torch", config, random_weights(config)).cuda()
+    check_bytes(model, config, shape_for(config, block=4))

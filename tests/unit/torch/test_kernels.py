@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bmojo_edge.config import Config
-from bmojo_edge.state import leaves
+from bmojo_edge.state import RecalledState, leaves
 from tests.helpers import assert_close
 
 torch = pytest.importorskip("torch")
@@ -77,6 +77,34 @@ def test_wired_ops_equal_the_plain_ones(name: str, packed: bool, monkeypatch: py
     wanted |= {"selective_scan", "causal_conv"} if config.ssm is not None else set()
     wanted |= {"innovation", "select_on_gpu"} if config.n_eidetic else set()
     assert called >= wanted
+
+
+@pytest.mark.parametrize("name", ["rotated, sinks", "no ssm"])
+def test_the_wired_op_reads_recalled_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of storage are slots like others: calls from a multiple of `chunk` on run in the kernel, others do not."""
+    torch.manual_seed(0)
+    model, tokens = Model(config_of(name)), torch.randint(0, 64, (2, 200))
+    config, called, state = model.config, [], model.init_state(2)
+    shape, positions = (2, config.kv_heads, 8, config.d_head), torch.tensor([[-2, 3, 40, -1, 90, -2, 5, 6]] * 2)
+    layers = [
+        layer._replace(recalled=RecalledState(torch.randn(shape), torch.randn(shape), positions))
+        for layer in state.layers
+    ]
+    original = ops.bmojo_cuda.memory_attention
+    monkeypatch.setattr(ops.bmojo_cuda, "memory_attention", lambda *a, **k: (called.append(1), original(*a, **k))[1])
+    found = []
+    for wired in (False, True):
+        monkeypatch.setattr(ops, "on_gpu", lambda x, wired=wired: wired)
+        state, parts = state._replace(layers=tuple(layers)), []
+        after = state
+        with torch.no_grad():
+            for begin, end in ((0, 64), (64, 96), (96, 199), (199, 200)):
+                logits, after = model(tokens[:, begin:end], after)
+                parts.append(logits)
+        found.append(torch.cat(parts, dim=1))
+        assert len(called) == (3 * len(layers) if wired else 0)  # 199 is no multiple of a chunk
+    assert_close(found[1], found[0], 3e-6)
+    assert (found[0] - model(tokens)[0]).abs().max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it, and silences it for itself

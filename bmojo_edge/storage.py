@@ -229,7 +229,8 @@ class Store:
         n, begins = b * t // s.block, np.tile(np.arange(0, t, s.block), b)
         entries = np.zeros(n, s.entry)
         entries["id"], entries["branch"] = self.next_id + np.arange(n), np.repeat(branches, t // s.block)
-        entries["start"], entries["tokens"] = start + begins, ((t if tokens is None else tokens) - begins).clip(0, s.block)
+        tokens = t if tokens is None else tokens
+        entries["start"], entries["tokens"] = start + begins, (tokens - begins).clip(0, s.block)
         entries["ids"] = ids.reshape(n, s.block)
         first, self.next_id = self.next_id, self.next_id + n
         entries = entries[-self.capacity :]  # the others would be replaced at once
@@ -240,10 +241,10 @@ class Store:
         for ordinal in range((first - 1) // self._segments.segment, (self.next_id - 1) // self._segments.segment):
             self._segments.prepare(ordinal, self._live_ids())
         for branch in branches:
-            self._source(branch)["tip"] = start + (t if tokens is None else tokens)
+            self._source(branch)["tip"] = start + tokens
 
     def _free_slots(self, n: int) -> np.ndarray:
-        """Slots (n,), ascending: empty ones, and where they do not suffice those of the oldest blocks, now forgotten."""
+        """Slots (n,), ascending: empty ones first, then those of the oldest blocks, which are forgotten."""
         free = np.flatnonzero(self._ids[: self.capacity] == 0)[:n]
         fresh = np.arange(self._end, min(self._end + n - len(free), self.capacity))
         missing = n - len(free) - len(fresh)

@@ -56,9 +56,7 @@ class Writer:
         self.check()
         batch, size = _Batch(slots, entries, fetch, self._files), self._files.shape.payload_bytes
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._waiting or (len(self._waiting) + len(slots)) * size <= self._limit
-            )
+            self._changed.wait_for(lambda: not self._waiting or (len(self._waiting) + len(slots)) * size <= self._limit)
             self._waiting.update({int(slot): (batch, place) for place, slot in enumerate(slots)})
         runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1)
         for run in runs:

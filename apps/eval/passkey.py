@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="for torch: cpu or cuda")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: as stored")
     parser.add_argument("--cases", nargs="*", default=CASES, metavar="TOKENS:TRIALS")
-    parser.add_argument("--rows", type=int, default=400_000, help="tokens of all texts that run at once, at most")
+    parser.add_argument("--rows", type=int, default=262_144, help="tokens of all texts that run at once, at most")
     parser.add_argument("--writers", type=int, default=WRITERS, help="threads that write the store")
     parser.add_argument("--top-k", type=int, default=TOP_K, help="blocks that are recalled")
     parser.add_argument("--layers", type=int, metavar="FIRST", help="store layers from here on; default: all")

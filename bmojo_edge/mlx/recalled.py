@@ -103,7 +103,9 @@ def _unrotated(
     def joined(name: str) -> mx.array:
         rings = [getattr(x, name) for x in windows]
         parts = [mx.stack([ring[:, :, first:end] for ring in rings], axis=1)]
-        return mx.concatenate([*parts, mx.stack([ring[:, :, :rest] for ring in rings], axis=1)], 3) if rest else parts[0]
+        return (
+            mx.concatenate([*parts, mx.stack([ring[:, :, :rest] for ring in rings], axis=1)], 3) if rest else parts[0]
+        )
 
     k, v = joined("k"), joined("v")
     if turns is not None:
@@ -113,7 +115,7 @@ def _unrotated(
 
 
 def _filled(x: mx.array, block: int, skip: int) -> mx.array:
-    """x (..., t, p) in float32 and whole blocks: the first `skip` tokens as the next, the last one as often as needed."""
+    """x (..., t, p) in float32 and whole blocks: the first `skip` as the token after them, the last one repeated."""
     t = x.shape[-2]
     tokens = mx.clip(mx.arange(-(-t // block) * block), skip, t - 1)
     return mx.take(x.astype(mx.float32), tokens, axis=-2)

@@ -94,7 +94,7 @@ def _unrotated(
 
 
 def _filled(x: Tensor, block: int, skip: int) -> Tensor:
-    """x (..., t, p) in float32 and whole blocks: the first `skip` tokens as the next, the last one as often as needed."""
+    """x (..., t, p) in float32 and whole blocks: the first `skip` as the token after them, the last one repeated."""
     t = x.shape[-2]
     x = x.float()
     if skip:

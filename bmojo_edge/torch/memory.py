@@ -182,7 +182,7 @@ def read_memories(
     window = WindowState(rings[0], rings[1], ())
     if scores is not None:
         ring = overwritten(state.window.scores[:, None, :, None], scores[:, None, :, None], held, layout)
-        window = window._replace(scores=ring[:, 0, :, 0])
+        window = WindowState(window.k, window.v, ring[:, 0, :, 0])
     fading, sinks, eidetic, pinned, sets = state.fading, state.sinks, state.eidetic, None, None
     if f and x.k_fading is not None and x.v_fading is not None:
         k_fading = rotate(x.k_fading, layout.rotary)
@@ -213,7 +213,8 @@ def read_memories(
             q = rotate(x.q, layout.pinned)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
     o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
-    return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
+    rest = state.history, state.ssm, state.recalled, state.queries  # _replace fails under torch 2.11's compiler
+    return o, BMojoState(window, fading, sinks, eidetic, *rest), sets
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def step_memories(
     )
     if score is not None:
         scores = put(state.window.scores[:, None, :, None], slot, score[:, None, None, None], step.active)
-        window = window._replace(scores=scores[:, 0, :, 0])
+        window = WindowState(window.k, window.v, scores[:, 0, :, 0])
     memories = {"window": Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)}
     fading, sinks, leaving = state.fading, state.sinks, (i - w)[:, None]
     if f and x.k_fading is not None and x.v_fading is not None:

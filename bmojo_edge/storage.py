@@ -19,7 +19,7 @@ import numpy as np
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
 from bmojo_edge.storage_files import HEAD, Files, StoreError
-from bmojo_edge.storage_index import SCAN, Segments, block_scores, relevance
+from bmojo_edge.storage_index import SCAN, TILE, Segments, block_scores, relevance, rounded
 from bmojo_edge.storage_writer import Writer
 
 __all__ = ["Shape", "Source", "Store", "StoreError"]
@@ -297,7 +297,7 @@ class Store:
     def _summaries(self, slots: np.ndarray) -> np.ndarray:
         """Summaries of slots (n,), of blocks on their way to the disk too."""
         waiting, s = self._writer.summaries(slots), self.shape
-        found = np.empty((len(slots), s.summaries, s.kv_heads, s.head_dim), np.float16)
+        found = np.empty((rounded(len(slots), TILE), s.summaries, s.kv_heads, s.head_dim), np.float16)[: len(slots)]
         written = np.ones(len(slots), bool)
         for i, summary in waiting.items():
             found[i], written[i] = summary, False
@@ -343,7 +343,7 @@ class Store:
         slots = np.sort(slots[looked_at])
         if not len(slots):
             return slots
-        scores = np.empty((*queries.shape[:2], len(slots)), np.float32)
+        scores = np.empty((*queries.shape[:2], rounded(len(slots), SCAN)), np.float32)[..., : len(slots)]
         for i in range(0, len(slots), SCAN):
             scores[..., i : i + SCAN] = scores_of(queries, self._summaries(slots[i : i + SCAN]))
         worth = relevance(scores)

@@ -349,9 +349,12 @@ class Store:
         worth = relevance(scores)
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 
-    def payloads(self, slots: np.ndarray) -> np.ndarray:
-        """Keys and values of the blocks in slots (n,) as they are on the disk: (n, payload_bytes) uint8."""
-        found = np.empty((len(slots), self.shape.payload_bytes), np.uint8)
+    def read(self, slots: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """Keys and values of the blocks in slots (n,) as they are on the disk: (n, payload_bytes) uint8.
+
+        into: an array of at least n such rows, whose first n are filled and returned.
+        """
+        found = np.empty((len(slots), self.shape.payload_bytes), np.uint8) if into is None else into[: len(slots)]
         for place, slot in enumerate(slots):
             found[place] = self._payload(int(slot))
         return found

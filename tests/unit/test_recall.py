@@ -171,8 +171,8 @@ def test_blocks_that_are_being_chosen_are_not_replaced(tmp_path: Path, monkeypat
         a_block = shape.payload_bytes + shape.entry.itemsize + 4 * shape.summary_bytes
         store = Store.create(tmp_path / str(pause), shape, identity(WINDOWED), disk_bytes=16 * a_block)
         lm = WithStorage(model, store, top_k=2, every=10, queries=3)
-        payloads = store.payloads
-        monkeypatch.setattr(store, "payloads", lambda x, p=pause, read=payloads: (time.sleep(p), read(x))[1])
+        read = store.read
+        monkeypatch.setattr(store, "read", lambda *a, p=pause, read=read: (time.sleep(p), read(*a))[1])
         assert store.capacity == 16
         logits, state = feed(lm, random_tokens(WINDOWED, 1, 200), lm.init_state(), [])
         assert int(store._ids.min()) > 1  # some were replaced

@@ -34,9 +34,9 @@ class StorableLM(LM, Protocol):
 
     def window_blocks(self, state: Any, begin: int, count: int, shape: Shape) -> Any: ...
 
-    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Any: ...
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Sequence[Any]: ...
 
-    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray: ...
+    def block_scorer(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None: ...
 
 
 class _Choice(NamedTuple):
@@ -100,6 +100,7 @@ class WithStorage:
         _check_fits(store, lm.config)
         self.lm, self.store, self.top_k, self.every, self.queries = lm, store, top_k, every, queries
         self.name, self.keeps = name, keeps
+        self._scores = lm.block_scorer()
         self._pool = ThreadPoolExecutor(CHOOSERS, thread_name_prefix="recall")
         self._begun: OrderedDict[int, tuple[Any, _Choice]] = OrderedDict()  # by id of the queries
         self._limit = lm.config.window - store.shape.block + 1  # tokens of one call, so that whole blocks stay in reach
@@ -224,7 +225,7 @@ class WithStorage:
         def fill(row: int, slots: np.ndarray) -> None:
             try:
                 wanted = self._as_asked(fetch()[row, -count:])
-                chosen = store.by_age(store.choose(wanted, slots, self.top_k, next_id, self.lm.block_scores))
+                chosen = store.by_age(store.choose(wanted, slots, self.top_k, next_id, self._scores))
                 store.read(chosen, choice.payloads[row])
                 choice.payloads[row, len(chosen) :] = 0
                 choice.positions[row] = -1
@@ -245,8 +246,8 @@ class WithStorage:
         s, layers = self.store.shape, list(state.layers)
         held = as_engine(choice.positions, layers[s.router].window.k)
         kv = self.lm.recalled_blocks(choice.payloads, s)
-        for place, i in enumerate(s.layers):
-            layers[i] = layers[i]._replace(recalled=RecalledState(kv[place, 0], kv[place, 1], held))
+        for i, k, v in zip(s.layers, kv[::2], kv[1::2], strict=True):
+            layers[i] = layers[i]._replace(recalled=RecalledState(k, v, held))
         return state._replace(layers=tuple(layers))
 
     def _as_asked(self, queries: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
 from bmojo_edge.storage_files import HEAD, Files, StoreError
-from bmojo_edge.storage_index import SCAN, TILE, Segments, block_scores, relevance, rounded
+from bmojo_edge.storage_index import DEVICE_SCAN, SCAN, TILE, Segments, block_scores, relevance, rounded
 from bmojo_edge.storage_writer import Writer
 
 __all__ = ["Shape", "Source", "Store", "StoreError"]
@@ -326,12 +326,12 @@ class Store:
 
     def choose(
         self, queries: np.ndarray, slots: np.ndarray, count: int, next_id: int | None = None,
-        scores_of: Callable[[np.ndarray, np.ndarray], np.ndarray] = block_scores,
+        scorer: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Of the blocks in `slots`, the at most `count` that queries (h, q, p), scaled, attend to most, best first.
 
         Ties go to the older block. Sealed segments name their candidates first; all others are looked at. next_id: the
-        number of the next block when this was asked, where that was earlier. scores_of: what scores blocks.
+        number of the next block when this was asked, where that was earlier. scorer: what scores blocks in place of NumPy.
         """
         ids = self._ids[slots]
         sealed = self._segments.sealed(self.next_id if next_id is None else next_id)
@@ -344,8 +344,9 @@ class Store:
         if not len(slots):
             return slots
         scores = np.empty((*queries.shape[:2], rounded(len(slots), SCAN)), np.float32)[..., : len(slots)]
-        for i in range(0, len(slots), SCAN):
-            scores[..., i : i + SCAN] = scores_of(queries, self._summaries(slots[i : i + SCAN]))
+        scan, scores_of = (SCAN, block_scores) if scorer is None else (DEVICE_SCAN, scorer)
+        for i in range(0, len(slots), scan):
+            scores[..., i : i + scan] = scores_of(queries, self._summaries(slots[i : i + scan]))
         worth = relevance(scores)
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 SCAN = 1024  # blocks whose summaries are in memory at one time
+DEVICE_SCAN = 4096  # the same for a device: every call of another thread holds up the one that feeds it
 TILE = 128  # blocks that are scored at one time
 NEIGHBOURS = 16  # summary vectors an index is asked for, by query
 

@@ -14,6 +14,8 @@ import numpy as np
 from bmojo_edge.storage_blocks import Blocks, blocks_of
 from bmojo_edge.storage_files import Files, StoreError
 
+PART = 16  # blocks that a thread writes at least, where there are so many: threads hold each other up
+
 
 class _Batch:
     """Blocks that came together; their bytes may still be on their way from a device."""
@@ -60,8 +62,7 @@ class Writer:
             self._waiting.update({int(slot): (batch, place) for place, slot in enumerate(slots)})
         runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1)
         for run in runs:
-            parts = np.array_split(run, min(len(run), self._threads))
-            for part in parts:
+            for part in np.array_split(run, min(-(-len(run) // PART), self._threads)):
                 self._pool.submit(self._write, batch, part)
 
     def _write(self, batch: _Batch, part: np.ndarray) -> None:

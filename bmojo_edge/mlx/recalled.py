@@ -149,11 +149,11 @@ def packed_window(
     return mx.concatenate([payloads.reshape(-1), _bytes(summaries, 1)[0]])
 
 
-def unpacked_blocks(payloads: mx.array, shape: Shape, dtype: mx.Dtype) -> mx.array:
-    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): (layers, 2, b, g, n * block, p) in `dtype`."""
+def unpacked_blocks(payloads: mx.array, shape: Shape, dtype: mx.Dtype) -> list[mx.array]:
+    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): keys, values (b, g, n * block, p) of each layer."""
     s, (b, n, _) = shape, payloads.shape
     size = (b, n, len(s.layers), 2, s.kv_heads, s.block)
     scales = mx.contiguous(payloads[..., : s.scales_bytes]).view(mx.float16).reshape(size)
     values = mx.contiguous(payloads[..., s.scales_bytes :]).view(mx.int8).reshape(*size, s.head_dim)
     found = (values.astype(mx.float32) * scales.astype(mx.float32)[..., None]).astype(mx.float16).astype(dtype)
-    return found.transpose(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)
+    return list(found.transpose(2, 3, 0, 4, 1, 5, 6).flatten(4, 5).flatten(0, 1))

@@ -26,7 +26,7 @@ __all__ = ["RecallState", "StorableLM", "WithStorage", "shape_for"]
 BLOCK, POOL = 32, 2
 TOP_K, EVERY, QUERIES = 8, 512, 16
 CHOOSERS = 8  # rows that are chosen for at one time
-BEGUN = 4  # choices that are kept until their blocks join; of others they are made anew
+BEGUN = 4  # choices that are kept until their blocks join; older ones are made anew
 
 
 class StorableLM(LM, Protocol):
@@ -85,9 +85,9 @@ def shape_for(config: Config, block: int = BLOCK, pool: int = POOL) -> Shape:
 class WithStorage:
     """A model that keeps and recalls through a store; states are `RecallState`, rows of a batch stand at one position.
 
-    top_k: blocks that are recalled; every: tokens from one choice to the next, at least 1, a prompt is read in calls of
-    so many at most; queries: the last tokens whose queries choose; name: of the conversation in the store; keeps:
-    whether what leaves the window is stored.
+    top_k: blocks that are recalled; every: tokens from one choice to the next, which is read meanwhile and joins after as
+    many (a prompt is read in calls of so many at most: below the model's chunk nothing is gained); queries: the last
+    tokens whose queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class WithStorage:
         self.name, self.keeps = name, keeps
         self._scores = lm.block_scorer()
         self._pool = ThreadPoolExecutor(CHOOSERS, thread_name_prefix="recall")
-        self._begun: OrderedDict[int, tuple[Any, _Choice]] = OrderedDict()  # by id of the queries
+        # By the identity of the queries, which are held so that it stays theirs, and by `seen`.
+        self._begun: OrderedDict[tuple[int, int], tuple[Any, _Choice]] = OrderedDict()
         self._limit = lm.config.window - store.shape.block + 1  # tokens of one call, so that whole blocks stay in reach
 
     # --- the face of a model
@@ -182,7 +183,7 @@ class WithStorage:
     def recall(self, tokens: Any, state: RecallState) -> RecallState:
         """The state with the blocks that tokens (b, t) look for, in place of those it recalls; they are not taken in.
 
-        Blocks are chosen anew `every` tokens from here.
+        From here `every` tokens are counted anew, after which blocks are asked for again.
         """
         _, probe = self.lm.prefill(np.asarray(tokens), state.inner)
         queries = probe.layers[self.store.shape.router].queries
@@ -196,11 +197,13 @@ class WithStorage:
         So they are chosen and read in the background while the model takes in a stretch of tokens.
         """
         if state.seen[0]:
-            begun = self._begun.get(id(state.asked))
+            begun = self._begun.get((id(state.asked), int(state.seen[0])))
             state = self._joined(state, begun[1] if begun else self._asked(state, int(state.at[0]) - self.every))
         left, seen = np.full_like(state.left, self.every), np.full_like(state.seen, self.store.next_id)
         state = state._replace(left=left, seen=seen, asked=state.layers[self.store.shape.router].queries)
-        self._begun[id(state.asked)] = (state.asked, self._asked(state, int(state.at[0])))
+        key = id(state.asked), self.store.next_id
+        if key not in self._begun:  # else another went on from the same state
+            self._begun[key] = (state.asked, self._asked(state, int(state.at[0])))
         while len(self._begun) > BEGUN:
             self._begun.popitem(last=False)
         return state

@@ -331,7 +331,7 @@ class Store:
         """Of the blocks in `slots`, the at most `count` that queries (h, q, p), scaled, attend to most, best first.
 
         Ties go to the older block. Sealed segments name their candidates first; all others are looked at. next_id: the
-        number of the next block when this was asked, where that was earlier. scorer: what scores blocks in place of NumPy.
+        number of the next block when this was asked, where that was earlier. scorer: scores blocks in place of NumPy.
         """
         ids = self._ids[slots]
         sealed = self._segments.sealed(self.next_id if next_id is None else next_id)

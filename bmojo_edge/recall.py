@@ -85,9 +85,9 @@ def shape_for(config: Config, block: int = BLOCK, pool: int = POOL) -> Shape:
 class WithStorage:
     """A model that keeps and recalls through a store; states are `RecallState`, rows of a batch stand at one position.
 
-    top_k: blocks that are recalled; every: tokens from one choice to the next, which is read meanwhile and joins after as
-    many (a prompt is read in calls of so many at most: below the model's chunk nothing is gained); queries: the last
-    tokens whose queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
+    top_k: blocks that are recalled; every: tokens from one choice to the next, whose blocks join after as many (a prompt
+    is read in calls of so many at most: below the model's chunk nothing is gained); queries: the last tokens whose
+    queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
     """
 
     def __init__(
@@ -318,8 +318,8 @@ class WithStorage:
             part = text[begin : begin + size]
             _, state = self.lm.prefill(part[None].astype(np.int32), state)
             fetch = to_host(self.lm.window_blocks(state, begin, len(part), s))
-            ids = np.pad(part, (0, -len(part) % s.block))
-            self.store.add_packed([branch], begin, ids[None], fetch, tokens=len(part))
+            padded = np.pad(part, (0, -len(part) % s.block))
+            self.store.add_packed([branch], begin, padded[None], fetch, tokens=len(part))
             if progress is not None:
                 progress(begin + len(part), len(text))
         self.store.complete(branch)

@@ -211,11 +211,11 @@ class Store:
         ids (n * block,); kv (layers, 2, g, n * block, p): unrotated keys, and values, as `packed` takes them.
         tokens: how many are real, all where None; what is not must be 0.
         """
-        s, tokens = self.shape, len(ids) if tokens is None else tokens
+        s, real = self.shape, len(ids) if tokens is None else tokens
         room = max(1, self._half // s.payload_bytes) * s.block  # what may wait at one time
         for i in range(0, len(ids), room):
             data, part = packed(kv[:, :, None, :, i : i + room], s), ids[i : i + room]
-            self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), tokens - i))
+            self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), real - i))
 
     def add_packed(
         self, branches: Sequence[int], start: int, ids: np.ndarray, fetch: Callable[[], np.ndarray],
@@ -229,8 +229,8 @@ class Store:
         n, begins = b * t // s.block, np.tile(np.arange(0, t, s.block), b)
         entries = np.zeros(n, s.entry)
         entries["id"], entries["branch"] = self.next_id + np.arange(n), np.repeat(branches, t // s.block)
-        tokens = t if tokens is None else tokens
-        entries["start"], entries["tokens"] = start + begins, (tokens - begins).clip(0, s.block)
+        real = t if tokens is None else tokens
+        entries["start"], entries["tokens"] = start + begins, (real - begins).clip(0, s.block)
         entries["ids"] = ids.reshape(n, s.block)
         first, self.next_id = self.next_id, self.next_id + n
         entries = entries[-self.capacity :]  # the others would be replaced at once
@@ -241,7 +241,7 @@ class Store:
         for ordinal in range((first - 1) // self._segments.segment, (self.next_id - 1) // self._segments.segment):
             self._segments.prepare(ordinal, self._live_ids())
         for branch in branches:
-            self._source(branch)["tip"] = start + tokens
+            self._source(branch)["tip"] = start + real
 
     def _free_slots(self, n: int) -> np.ndarray:
         """Slots (n,), ascending: empty ones first, then those of the oldest blocks, which are forgotten."""

@@ -7,6 +7,7 @@ where blocks are kept or how they were chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import mlx.core as mx
 
@@ -137,7 +138,7 @@ def packed_window(
     n = -(-count // s.block)
     keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
     pairs = keys.reshape(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim)
-    means = sum((pairs[..., i, :] for i in range(1, s.pool)), start=pairs[..., 0, :]) * (1 / s.pool)
+    means = reduce(mx.add, [pairs[..., i, :] for i in range(s.pool)]) * (1 / s.pool)
     summaries = means.transpose(0, 2, 3, 1, 4).astype(mx.float16)
     kv = mx.stack(_unrotated(config, windows, begin, count, offset), axis=2)
     kv = _filled(kv, s.block, skip).reshape(*kv.shape[:4], n, s.block, s.head_dim).transpose(0, 4, 1, 2, 3, 5, 6)

@@ -7,6 +7,7 @@ where blocks are kept or how they were chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def packed_window(
     n, layers, device = -(-count // s.block), len(windows), offset.device
     keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
     pairs = keys.view(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim).unbind(4)
-    summaries = (sum(pairs[1:], start=pairs[0]) * (1 / s.pool)).permute(0, 2, 3, 1, 4).half()
+    summaries = (reduce(torch.add, pairs) * (1 / s.pool)).permute(0, 2, 3, 1, 4).half()
     size = (b, n, layers, 2, s.kv_heads, s.block)
     scales = torch.empty(size, dtype=torch.float16, device=device)
     values = torch.empty(*size, s.head_dim, dtype=torch.int8, device=device)

@@ -85,8 +85,8 @@ def shape_for(config: Config, block: int = BLOCK, pool: int = POOL) -> Shape:
 class WithStorage:
     """A model that keeps and recalls through a store; states are `RecallState`, rows of a batch stand at one position.
 
-    top_k: blocks that are recalled; every: tokens from one choice to the next, whose blocks join after as many again (and
-    a prompt is read in calls of so many at most: less than the model's chunk is slow); queries: the last tokens whose
+    top_k: blocks that are recalled; every: tokens from one choice to the next, whose blocks join after as many again; a
+    prompt is read in calls of so many at most, so less than the model's chunk is slow; queries: the last tokens whose
     queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
     """
 

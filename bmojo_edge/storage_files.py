@@ -94,7 +94,7 @@ class Files:
         """A block's keys and values as bytes. Raises StoreError where they are not what was written."""
         payload = np.empty(self.shape.payload_bytes, np.uint8)
         read = os.preadv(self._blocks, [payload.data], slot * self.shape.payload_bytes)
-        if read != len(payload) or zlib.crc32(payload) != crc:
+        if read != len(payload) or zlib.crc32(raw_bytes(payload)) != crc:
             raise StoreError(f"{self.folder / BLOCKS}: block in slot {slot} is damaged; {_repair(self.folder)}")
         return payload
 

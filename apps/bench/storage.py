@@ -3,8 +3,9 @@
     python apps/bench/storage.py                     # 200,000 tokens through a tiny model on PyTorch, then choices
 
 Memory is the process's resident set, its peak in each tenth of the text, once with glibc's malloc as it is and once
-told to map arrays from 256 KiB on (MALLOC_MMAP_THRESHOLD_), so that what is freed goes back at once. Choices are timed on stores of random blocks
-with the router of a 135M model (3 key/value heads of 64, 9 query heads, 16 queries), files in the system's cache.
+told to map arrays from 256 KiB on (MALLOC_MMAP_THRESHOLD_), so that what is freed goes back at once. Choices are timed
+on stores of random blocks with the router of a 135M model (3 key/value heads of 64, 9 query heads, 16 queries), files
+in the system's cache.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def packed_window(
     pairs = keys.reshape(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim)
     means = reduce(mx.add, [pairs[..., i, :] for i in range(s.pool)]) * (1 / s.pool)
     summaries = means.transpose(0, 2, 3, 1, 4).astype(mx.float16)
-    kv = mx.stack(_unrotated(config, windows, begin, count, offset), axis=2)
+    kv = mx.stack([*_unrotated(config, windows, begin, count, offset)], axis=2)
     kv = _filled(kv, s.block, skip).reshape(*kv.shape[:4], n, s.block, s.head_dim).transpose(0, 4, 1, 2, 3, 5, 6)
     scales = (mx.abs(kv).max(-1) / 127).astype(mx.float16)
     wider = scales.astype(mx.float32)

@@ -51,11 +51,11 @@ def recalled_positions(config: Config, recalled: RecalledState) -> Tensor:
 
 
 def shared(config: Config, state: State, chunks: Chunks) -> tuple[Tensor, Tensor] | None:
-    """`recalled_positions` and `recalled_columns` where they are the same in all layers: without eidetic memory."""
-    layers = [layer for layer in state.layers if isinstance(layer, BMojoState) and layer.recalled]
-    if config.n_eidetic or not layers:
+    """`recalled_positions` and `recalled_columns` where all layers have the same: one array, no eidetic memory."""
+    found = [layer.recalled for layer in state.layers if isinstance(layer, BMojoState) and layer.recalled]
+    if config.n_eidetic or not found or any(other.positions is not found[0].positions for other in found):
         return None
-    recalled: RecalledState = layers[0].recalled
+    recalled: RecalledState = found[0]
     return recalled_positions(config, recalled), recalled_columns(recalled, None, chunks, config.n_sinks)
 
 

@@ -21,7 +21,8 @@ from tests.helpers import assert_close, odd, random_tokens, random_weights, to_n
 from tests.twins import ENGINES, build
 
 WINDOWED = odd(window=16, chunk=4, ssm=None, n_eidetic=3)
-CASES = {"windowed": WINDOWED, "all memories": odd(window=16, chunk=3), "no rope": odd(window=16, rope_theta=None),
+CASES = {"windowed": WINDOWED, "sinks alone": odd(window=16, chunk=4, ssm=None, n_eidetic=0, n_sinks=3),
+         "all memories": odd(window=16, chunk=3), "no rope": odd(window=16, rope_theta=None),
          "mixed": odd("bmojo", "attention", "bmojo", window=16, attention_window=(None, 5, None))}  # fmt: skip
 T = 64
 BOUND = 2e-5

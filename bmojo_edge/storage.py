@@ -8,7 +8,6 @@ engines, states or when to look something up (recall.py).
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +45,7 @@ class Source(NamedTuple):
 class Store:
     """An open store. Use it as a context manager, or `close` it.
 
-    ram_bytes bounds what is kept in memory: blocks that wait to be written and blocks read lately, half of it each.
+    ram_bytes bounds the blocks that wait to be written; those that were read lately are kept by the system, not here.
     identity: of the model that will use it; None leaves it unchecked. segment: blocks of one index (for tests).
     Raises StoreError naming the folder, and the field in which the model is another.
     """
@@ -67,10 +66,8 @@ class Store:
             raise
         s = self.shape
         self._segments = Segments(self.folder, segment, s.summaries, s.kv_heads, self._summaries_of)
-        self._half = max(ram_bytes // 2, 2 * s.payload_bytes)
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cache_lock = threading.Lock()
-        self._writer = Writer(self._files, self._crcs, self._half, writers)
+        self._room = max(ram_bytes // s.payload_bytes, 1)  # blocks that may wait to be written
+        self._writer = Writer(self._files, self._crcs, self._room, writers)
         self._readers, self._read = 0, threading.Condition()
         self._open = True
 
@@ -212,7 +209,7 @@ class Store:
         tokens: how many are real, all where None; what is not must be 0.
         """
         s, real = self.shape, len(ids) if tokens is None else tokens
-        room = max(1, self._half // s.payload_bytes) * s.block  # what may wait at one time
+        room = self._room * s.block
         for i in range(0, len(ids), room):
             data, part = packed(kv[:, :, None, :, i : i + room], s), ids[i : i + room]
             self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), real - i))
@@ -262,9 +259,6 @@ class Store:
             self._read.wait_for(lambda: not self._readers)
         self._writer.settle(slots)
         self._ids[slots] = 0
-        with self._cache_lock:
-            for slot in slots.tolist():
-                self._cache.pop(slot, None)
 
     def begin_reading(self) -> None:
         """No block is forgotten until `end_reading`, called as often, so that another thread can choose and read."""
@@ -356,22 +350,13 @@ class Store:
         into: an array of at least n such rows, whose first n are filled and returned.
         """
         found = np.empty((len(slots), self.shape.payload_bytes), np.uint8) if into is None else into[: len(slots)]
-        for place, slot in enumerate(slots):
-            found[place] = self._payload(int(slot))
+        for payload, slot in zip(found, slots.tolist(), strict=True):
+            waiting = self._writer.payload(slot)
+            if waiting is None:
+                self._files.read_payload(slot, int(self._crcs[slot]), payload)
+            else:
+                payload[:] = waiting
         return found
-
-    def _payload(self, slot: int) -> np.ndarray:
-        with self._cache_lock:
-            if slot in self._cache:
-                self._cache.move_to_end(slot)
-                return self._cache[slot]
-        waiting = self._writer.payload(slot)
-        payload = self._files.read_payload(slot, int(self._crcs[slot])) if waiting is None else waiting.copy()
-        with self._cache_lock:
-            self._cache[slot] = payload
-            while len(self._cache) > 1 and len(self._cache) * len(payload) > self._half:
-                self._cache.popitem(last=False)
-        return payload
 
     def by_age(self, slots: np.ndarray) -> np.ndarray:
         """Slots (n,), the oldest block first."""

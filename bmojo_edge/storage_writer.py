@@ -34,7 +34,7 @@ class _Batch:
 
 
 class Writer:
-    """Writes blocks to a store's files in `threads` threads; at most `limit` bytes wait, or one batch.
+    """Writes blocks to a store's files in `threads` threads; at most `limit` blocks wait, or one batch.
 
     crcs (slots,) uint32: where the checksums of written payloads go.
     """
@@ -56,9 +56,9 @@ class Writer:
         fetch: the bytes of the blocks, `storage_blocks.packed`; of more than n the last n count.
         """
         self.check()
-        batch, size = _Batch(slots, entries, fetch, self._files), self._files.shape.payload_bytes
+        batch = _Batch(slots, entries, fetch, self._files)
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or (len(self._waiting) + len(slots)) * size <= self._limit)
+            self._changed.wait_for(lambda: not self._waiting or len(self._waiting) + len(slots) <= self._limit)
             self._waiting.update({int(slot): (batch, place) for place, slot in enumerate(slots)})
         runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1)
         for run in runs:

@@ -2,18 +2,13 @@
 
     python apps/bench/storage.py                     # 200,000 tokens through a tiny model on PyTorch, then choices
 
-Memory is the process's resident set, its peak in each tenth of the text, once with glibc's malloc as it is and once
-told to map arrays from 256 KiB on (MALLOC_MMAP_THRESHOLD_), so that what is freed goes back at once. Choices are timed
-on stores of random blocks with the router of a 135M model (3 key/value heads of 64, 9 query heads, 16 queries), files
-in the system's cache.
+Memory is the process's resident set, its peak in each tenth of the text. Choices are timed on stores of random blocks
+with the router of a 135M model (3 key/value heads of 64, 9 query heads, 16 queries), files in the system's cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,34 +31,15 @@ RESULTS = Path(__file__).parent / "results"
 UNCHECKED: dict[str, Any] = {"config": {}, "tokenizer": "", "weights": "", "folder": None}
 
 
-MAPPED_FROM = "MALLOC_MMAP_THRESHOLD_"  # read by glibc when a process begins
-
-
-def in_a_process(tokens: int, mapped_from: int | None) -> list[dict[str, Any]]:
-    """`memory` in a process of its own."""
-    environment = {key: value for key, value in os.environ.items() if key != MAPPED_FROM}
-    if mapped_from is not None:
-        environment[MAPPED_FROM] = str(mapped_from)
-    command = [sys.executable, __file__, "--tokens", str(tokens), "--memory-alone"]
-    rows = []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout or ():
-            rows.append({"mapped_from_bytes": mapped_from, **json.loads(line)})
-            print(rows[-1], flush=True)
-    if run.returncode:
-        raise SystemExit(run.returncode)
-    return rows
-
-
-def memory(tokens: int) -> None:
-    """Print peak resident memory in each tenth of a text of so many tokens, a line of JSON each."""
+def memory(tokens: int) -> list[dict[str, Any]]:
+    """Peak resident memory in each tenth of a text of so many tokens."""
     import torch
 
     from bmojo_edge.torch import Model
 
     torch.manual_seed(0)
     config = Config.preset("tiny", window=1024, n_sinks=4, ssm=None, n_fading=0, n_eidetic=0)
-    lm, process, rng = Model(config).eval(), psutil.Process(), np.random.default_rng(0)
+    lm, process, rng, rows = Model(config).eval(), psutil.Process(), np.random.default_rng(0), []
     identity = {**UNCHECKED, "config": config.to_dict(), "weights": weights_fingerprint(lm)}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -76,12 +52,13 @@ def memory(tokens: int) -> None:
                 ids = rng.integers(0, config.vocab_size, (1, 512))
                 _, state = model.prefill(ids, state)
                 done, peak = done + 512, max(peak, process.memory_info().rss)
-            row = {
-                "tokens": done, "peak_rss_bytes": peak, "state_bytes": state_nbytes(state), "blocks": len(store),
-                "store_bytes": store.nbytes, "tokens_per_s": done / (time.perf_counter() - start),
-            }  # fmt: skip
-            print(json.dumps(row), flush=True)
+            rows.append(
+                {"tokens": done, "peak_rss_bytes": peak, "state_bytes": state_nbytes(state), "blocks": len(store),
+                 "store_bytes": store.nbytes, "tokens_per_s": done / (time.perf_counter() - start)}
+            )  # fmt: skip
+            print(rows[-1], flush=True)
             peak = 0
+    return rows
 
 
 def choices(blocks: int) -> dict[str, Any]:
@@ -114,12 +91,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--blocks", type=int, nargs="*", default=[1024, 4096], help="stores to choose from")
     parser.add_argument("--out", type=Path, default=RESULTS / "storage.json")
-    parser.add_argument("--memory-alone", action="store_true", help="print memory, and no more")
     args = parser.parse_args()
-    if args.memory_alone:
-        memory(args.tokens)
-        return
-    rows = in_a_process(args.tokens, None) + in_a_process(args.tokens, 2**18)
+    rows = memory(args.tokens)
     for blocks in args.blocks:
         rows += [choices(blocks)]
     report.write(args.out, rows, ("torch", "numpy"))

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from typing import Any
 
 from bmojo_edge.server import answers
 
 BODY_SECONDS = 60.0  # for a body to arrive
+_READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """Refuses with 401 without the key, if there is one (not for /health), and bodies too large (413) or slow (408)."""
+    """Refuses with 401 without the key, if there is one (not for /health and `open_paths`).
 
-    def __init__(self, app: Any, api_key: str | None, max_body: int) -> None:
-        self._app, self._max_body = app, max_body
+    Refuses bodies too large (413) or slow (408); where `hosts` are given, requests for another host (421): a page
+    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403).
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        api_key: str | None,
+        max_body: int,
+        hosts: frozenset[str] | None = None,
+        open_paths: frozenset[str] = frozenset(),
+    ) -> None:
+        self._app, self._max_body, self._hosts, self._open = app, max_body, hosts, open_paths | {"/health"}
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -23,7 +36,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._expected is not None and scope["path"] != "/health":
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and re.sub(r":\d*$", "", host).lower() not in self._hosts:
+            message = f"this server is not {host!r}; start it with --host if it should be reached from elsewhere"
+            await _refuse(send, 421, message, "invalid_request_error", "wrong_host")
+            return
+        _, _, origin = headers.get(b"origin", b"").partition(b"://")
+        if b"origin" in headers and scope["method"] not in _READING and origin != headers.get(b"host"):
+            await _refuse(send, 403, "pages of other origins change nothing here", "invalid_request_error", "origin")
+            return
+        if self._expected is not None and scope["path"] not in self._open:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bmojo_edge.generate import Options, Prompt
+from bmojo_edge.server.session_folder import ID
 
 MAX_STOPS = 16
+MAX_TITLE = 200  # characters
 
 
 class _Strict(BaseModel):
@@ -98,11 +100,23 @@ class ChatRequest(_Request):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    session_id: str | None = Field(default=None, pattern=ID)  # ours: messages are only what is new in this session
 
     @property
     def text(self) -> Prompt:
         """What is to be continued: the messages."""
         return [message.plain() for message in self.messages]
+
+    @property
+    def turn(self) -> tuple[str | None, str]:
+        """What is new in a session: a system message, if any, and the user's. Raises ValueError where it is more."""
+        *before, last = (message.plain() for message in self.messages)
+        if last["role"] != "user" or [message["role"] for message in before] not in ([], ["system"]):
+            raise ValueError(
+                "messages: with session_id, only what is new: one message of the user's, and before the first one a "
+                "system message if wanted"
+            )
+        return before[0]["content"] if before else None, last["content"]
 
     @property
     def limit(self) -> int | None:
@@ -146,3 +160,28 @@ class CompletionRequest(_Request):
     def top(self) -> int | None:
         """How many of the likeliest tokens to tell; None: no log-probabilities at all."""
         return self.logprobs
+
+
+class NewSession(_Strict):
+    """The body of POST /v1/sessions."""
+
+    id: str | None = Field(default=None, pattern=ID)
+    title: str | None = Field(default=None, max_length=MAX_TITLE)
+
+
+class SessionTitle(_Strict):
+    """The body of PATCH /v1/sessions/{id}."""
+
+    title: str = Field(max_length=MAX_TITLE)
+
+
+class Fork(_Strict):
+    """The body of POST /v1/sessions/{id}/fork: how many turns the new session has; left out, all."""
+
+    turns: int | None = Field(default=None, ge=0)
+
+
+class Rewind(_Strict):
+    """The body of POST /v1/sessions/{id}/rewind: how many turns are taken back."""
+
+    turns: int = Field(ge=1)

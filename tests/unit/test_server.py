@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,55 +28,12 @@ from bmojo_edge.generate import prompt_ids, stream
 from bmojo_edge.server.app import Limits, build
 from bmojo_edge.tokenizer import Tokenizer
 from tests.helpers import random_weights
+from tests.unit.serving import Served, serving, until
 from tests.unit.test_generation_engines import make
 
 ROOT = Path(__file__).parents[2]
 
-LIMITS = Limits(slots=12, max_running=6, max_waiting=40, max_prompt=200, max_tokens=300, max_body=20_000)
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
-
-
-class Served:
-    """A running server and its clients."""
-
-    def __init__(self, lm: LM, address: str) -> None:
-        self.lm, self.address = lm, address
-        self.http = httpx.Client(base_url=address, timeout=30)
-        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=30)
-
-    def health(self) -> dict[str, Any]:
-        return self.http.get("/health").json()
-
-    def alone(self, prompt: Any, **options: Any) -> str:
-        return "".join(token.text for token in stream(self.lm, prompt, **options))
-
-    def post(self, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
-        return self.http.post(path, json=body)
-
-
-@contextmanager
-def serving(lm: LM, limits: Limits = LIMITS, api_key: str | None = None) -> Iterator[Served]:
-    server = uvicorn.Server(uvicorn.Config(build(lm, "tiny", limits, api_key), log_level="warning", ws="none"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        until(lambda: server.started)
-        served = Served(lm, f"http://127.0.0.1:{listener.getsockname()[1]}")
-        try:
-            yield served
-        finally:
-            served.http.close()
-            served.openai.close()
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +353,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_folder: Path) ->
 
 
 def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
-    child = serve(str(folder), "--port", "0", "--state-mib", "1")
+    child = serve(str(folder), "--port", "0", "--state-mib", "1", "--no-save", "--no-page")
     try:
         assert child.stderr is not None
         said = ""
@@ -405,7 +362,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
             assert line, said
             said += line
         slot = checkpoint.read(folder)[0].state_bytes()
-        assert f"small: {2**20 // slot} sessions of {slot / 2**20:.1f} MiB each" in said
+        assert f"small: {2**20 // slot} states of {slot / 2**20:.1f} MiB each" in said
         address = re.findall(r"http://127\.0\.0\.1:\d+", said)[0]
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             answer = client.chat.completions.create(model="small", messages=HELLO, max_tokens=3)

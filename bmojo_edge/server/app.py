@@ -14,13 +14,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from bmojo_edge.engine import LM
 from bmojo_edge.server import answers, session_routes, static
 from bmojo_edge.server.guard import Guard
 from bmojo_edge.server.requests import ChatRequest, CompletionRequest
+from bmojo_edge.server.schema import ChatCompletion, Health, Model, Models, TextCompletion, describe, responses
 from bmojo_edge.server.service import Limits, Refused, Service, Vanished, reply
 
 logger = logging.getLogger(__name__)
@@ -57,34 +58,38 @@ def build(
     app.include_router(session_routes.router(service))
     app.include_router(static.router(page))
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        responses=responses(200, ChatCompletion, 400, 404, 409, 429, 500, 503, stream=True),
+    )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=responses(200, TextCompletion, 400, 404, 429, 500, 503, stream=True))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=responses(200, Models))
     async def models() -> Response:
         return reply(200, {"object": "list", "data": [_model(service)]})
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", responses=responses(200, Model, 404))
     async def model(model: str) -> Response:
         if model != name:
             raise Refused(404, f"model: there is no {model!r} here, only {name!r}", code="model_not_found")
         return reply(200, _model(service))
 
-    @app.get("/health")
+    @app.get("/health", responses=responses(200, Health, 503))
     async def health() -> Response:
         alive = service.worker.alive
         return reply(200 if alive else 503, {"status": "ok" if alive else "stopped", **service.worker.counts._asdict()})
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=responses(200, None), response_class=PlainTextResponse)
     async def metrics() -> Response:
         text = service.metrics.text(service.worker.counts._asdict(), lm.config.state_bytes())
         return Response(text, media_type="text/plain; version=0.0.4")
 
+    describe(app, keyed=api_key is not None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(Vanished, _vanished)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from contextlib import suppress
 from typing import Any
 
 from bmojo_edge.server import answers
 
 BODY_SECONDS = 60.0  # for a body to arrive
+DRAINED, DRAIN_SECONDS = 8, 5.0  # of a body that is too large, times the limit is still read, for so long
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -54,6 +56,7 @@ class Guard:
         too_large = f"the body is larger than {self._max_body:,} bytes"
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body:
+            await _drain(receive, DRAINED * self._max_body)
             await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
             return
         try:
@@ -66,6 +69,7 @@ class Guard:
         if body is None:
             return
         if len(body) > self._max_body:
+            await _drain(receive, DRAINED * self._max_body)
             await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
             return
         told = False
@@ -80,16 +84,25 @@ class Guard:
         await self._app(scope, replay, send)
 
 
-async def _read(receive: Any, limit: int) -> bytes | None:
+async def _read(receive: Any, limit: int, keep: bool = True) -> bytes | None:
     """The body, or its beginning once it is longer than `limit`; None where the client has gone."""
-    body, more = bytearray(), True
-    while more and len(body) <= limit:
+    body, size, more = bytearray(), 0, True
+    while more and size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        piece = message.get("body", b"")
+        size += len(piece)
+        body += piece if keep else b""
         more = message.get("more_body", False)
     return bytes(body)
+
+
+async def _drain(receive: Any, limit: int) -> None:
+    """Take in what a client goes on sending, within measure: before that is sent, many do not read an answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            await _read(receive, limit, keep=False)
 
 
 async def _refuse(send: Any, status: int, message: str, kind: str, code: str) -> None:

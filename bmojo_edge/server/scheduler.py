@@ -15,7 +15,6 @@ import numpy as np
 
 from bmojo_edge.engine import LM, evaluate, evaluate_rows, join_rows, take_rows
 from bmojo_edge.generate import Continuation, Token
-from bmojo_edge.sampling import LogitsError
 from bmojo_edge.server.kept import Ids, KeptStates
 
 ALONE = 4  # times the block that is read at once while nobody waits for a token
@@ -226,14 +225,14 @@ class Scheduler:
         tokens = np.array([job.run.pending[0] for job in self._running], np.int32)
         logits, self._batch = self._lm.decode_one_token(tokens, self._batch)
         rows = evaluate_rows(logits, self._batch)
-        told: list[tuple[Job, Said | LogitsError]] = []
+        told: list[tuple[Job, Said | Exception]] = []
         for job, row in zip(self._running, rows, strict=True):
             job.run.pending = []
             try:
                 told.append((job, Said(job.run.take(row), likeliest(row, job.top))))
-            except LogitsError as error:
+            except Exception as error:  # no number, or an option nobody thought of: it concerns this job alone
                 told.append((job, error))
-        broken = [job for job, event in told if isinstance(event, LogitsError)]
+        broken = [job for job, event in told if isinstance(event, Exception)]
         ended = [job for job, event in told if isinstance(event, Said) and event.token.finish_reason is not None]
         self._leave(ended, broken)
         for job, event in told:

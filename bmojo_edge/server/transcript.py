@@ -111,7 +111,7 @@ class Transcript:
         return told
 
     def _lines(self) -> Iterator[bytes]:
-        if self._path is not None and self._path.exists():
+        if self._path is not None and self._path.is_file() and not self._path.is_symlink():
             with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                 yield from file
         yield from self._unwritten

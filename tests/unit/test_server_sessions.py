@@ -74,6 +74,7 @@ def act(served: Served, path: str, body: Any, status: int = 200) -> Any:
 
 
 def test_a_session_says_what_the_conversation_says(served: Served, read: list[int]) -> None:
+    shown: Any = None
     position = pending = 0  # of the tokens before a turn, those that its state has not taken in
     for n, (text, expected) in enumerate(zip(TEXTS, answers(served.lm, TEXTS), strict=True)):
         read.clear()
@@ -307,6 +308,22 @@ def test_a_restart_reads_nothing_again(lm: LM, tmp_path: Path, read: list[int]) 
         assert sum(read) < 40
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["lock", "~kept.bmojo", "~kept.jsonl"]
+
+
+def test_ending_keeps_what_was_said(endless: LM, tmp_path: Path) -> None:
+    """An answer that is not done when the time for it is over is kept as far as it went."""
+    with (
+        serving(endless, Limits(slots=40, max_tokens=100_000), sessions=tmp_path) as served,
+        stream_of(served, "open") as lines,
+    ):
+        begun = [json.loads(line[6:]) for line in (next(lines) for _ in range(40)) if line]
+        served.stop()
+    with serving(endless, sessions=tmp_path) as served:
+        found = get(served, "/open")
+        assert found["turns"] == 1
+        said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in begun)
+        assert found["messages"][1]["content"].startswith(said)
+        assert served.ask("open", "and?", max_tokens=2)["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
 
 
 def test_a_state_that_is_lost_or_damaged_is_read_from_the_words(

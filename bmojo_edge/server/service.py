@@ -175,7 +175,7 @@ class Service:
         self, job: Job, events: asyncio.Queue[Said | Exception], gone: asyncio.Future[None], deadline: float
     ) -> AsyncIterator[Said]:
         """The tokens of a job; however this is left, the job has ended. Raises Refused or Vanished."""
-        loop = asyncio.get_running_loop()
+        loop, cut = asyncio.get_running_loop(), True
         try:
             while True:
                 event = asyncio.ensure_future(events.get())
@@ -183,12 +183,12 @@ class Service:
                 await asyncio.wait({event, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
                     event.cancel()
-                    self.metrics.add("cancelled")
                     if gone.done():
                         raise Vanished
                     message = f"not finished within {self.limits.timeout:g} seconds"
                     raise Refused(408, message, "timeout_error", "timeout")
                 said = event.result()
+                cut = isinstance(said, Said) and said.token.finish_reason is None
                 if isinstance(said, Closed):
                     raise Refused(503, str(said), "server_error", "shutting_down")
                 if isinstance(said, Exception):
@@ -201,12 +201,15 @@ class Service:
                     self.metrics.add("cached_tokens", job.cached)
                     return
         finally:
+            if cut and not gone.done():
+                self.metrics.add("cancelled")
             gone.cancel()
             self.worker.cancel(job)
 
     async def _until_gone(self, request: Request, job: Job) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        self.metrics.add("cancelled")
         self.worker.cancel(job)
 
     async def _chunks(

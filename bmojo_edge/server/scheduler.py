@@ -1,6 +1,6 @@
 """Many continuations in one batch: who is read, who is decoded, whose state is kept.
 
-A step reads one block of one prompt and decodes one token of every running continuation, so a long prompt delays
+A step reads one block of prompts and decodes one token of every running continuation, so a long prompt delays
 the others by a block and not by itself. All but the last token of a prompt is read alone; the last one enters the
 batch. This module calls the model; it knows nothing of HTTP, threads or time.
 """
@@ -68,6 +68,11 @@ class Job:
         self.cached = self.past  # tokens of past and prompt that a state had taken in already
         self.read = 0  # tokens of the prompt that `state` has taken in
         self.state: Any = run.state  # of one row, until it enters the batch
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt, but for its last one, that are still to be read."""
+        return len(self.prompt) - 1 - self.read
 
 
 class Scheduler:
@@ -161,7 +166,7 @@ class Scheduler:
             job.tell(error)
 
     def step(self) -> None:
-        """Read a block of one prompt, then decode one token of every job whose prompt is read."""
+        """Read a block of prompts, then decode one token of every job whose prompt is read."""
         self._admit()
         self._read()
         self._enter()
@@ -185,21 +190,22 @@ class Scheduler:
             self.make_room()
 
     def _read(self) -> None:
-        """A block of the prompt whose turn it is."""
-        job = next((job for job in self._reading if job.read < len(job.prompt) - 1), None)
-        if job is None:
-            return
-        size = self._block if self._running else ALONE * self._block
-        ids = job.prompt[job.read : min(job.read + size, len(job.prompt) - 1)]
-        self._reading.remove(job)
-        self._reading.append(job)
-        logits, job.state = self._lm.prefill(ids[None], job.state)
-        evaluate(logits, job.state)
-        job.read += len(ids)
+        """A block of the prompt whose turn it is, and of the others those whose rest has room beside it."""
+        left = self._block if self._running else ALONE * self._block
+        job = next((job for job in self._reading if job.unread), None)
+        while job is not None:
+            ids = job.prompt[job.read : job.read + min(left, job.unread)]
+            self._reading.remove(job)
+            self._reading.append(job)
+            logits, job.state = self._lm.prefill(ids[None], job.state)
+            evaluate(logits, job.state)
+            job.read += len(ids)
+            left -= len(ids)
+            job = next((job for job in self._reading if 0 < job.unread <= left), None)
 
     def _enter(self) -> None:
         """Jobs whose prompt is read enter the batch; what they have read is kept as well, where there is room."""
-        ready = [job for job in self._reading if job.read == len(job.prompt) - 1]
+        ready = [job for job in self._reading if not job.unread]
         if not ready:
             return
         self._batch = join_rows([*([] if self._batch is None else [self._batch]), *(job.state for job in ready)])

@@ -176,13 +176,12 @@ class Service:
     ) -> AsyncIterator[Said]:
         """The tokens of a job; however this is left, the job has ended. Raises Refused or Vanished."""
         loop, cut = asyncio.get_running_loop(), True
+        event = asyncio.ensure_future(events.get())
         try:
             while True:
-                event = asyncio.ensure_future(events.get())
                 timeout = deadline - loop.time()
                 await asyncio.wait({event, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
-                    event.cancel()
                     if gone.done():
                         raise Vanished
                     message = f"not finished within {self.limits.timeout:g} seconds"
@@ -194,6 +193,7 @@ class Service:
                 if isinstance(said, Exception):
                     raise Refused(500, f"the model failed: {said}", "server_error")
                 self.metrics.add("tokens")
+                event = asyncio.ensure_future(events.get())
                 yield said
                 if said.token.finish_reason is not None:
                     self.metrics.add("answers")
@@ -203,6 +203,7 @@ class Service:
         finally:
             if cut and not gone.done():
                 self.metrics.add("cancelled")
+            event.cancel()
             gone.cancel()
             self.worker.cancel(job)
 

@@ -109,7 +109,8 @@ def check_conversations(lm: LM, folder: Path, conversations: int, turns: int) ->
     """All of them at a time; how many answers were compared, and in how many rounding decided."""
     limits = Limits(slots=4 * conversations, max_running=16, max_waiting=conversations)
     with serving(lm, limits, sessions=folder) as served, ThreadPoolExecutor(conversations) as pool:
-        found = list(pool.map(lambda who: talk(served.openai, who, turns), range(conversations)))
+        patient = served.openai.with_options(timeout=600)
+        found = list(pool.map(lambda who: talk(patient, who, turns), range(conversations)))
         metrics = served.http.get("/metrics").text
     assert f"bmojo_answers_total {conversations * turns}\n" in metrics
     compared = [found for who, conversation in enumerate(found) for found in losses(lm, who, conversation)]

@@ -216,6 +216,11 @@ _ERRORS = {
     500: "the model failed",
     503: "the server is shutting down",
 }
+_EVENT = {  # `data` is a chunk as OpenAI's API has it, {"error": ...}, or [DONE] at the end
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _ALWAYS = (401, 403, 408, 413, 421)
 
 
@@ -225,7 +230,7 @@ def responses(status: int, model: type[BaseModel] | None, *errors: int, stream: 
     if model is not None:
         given["model"] = model
     if stream:
-        given["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        given["content"] = {"text/event-stream": {"schema": _EVENT}}
     codes = sorted({*_ALWAYS, *errors})
     return {status: given, **{code: {"model": Error, "description": _ERRORS[code]} for code in codes}}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,21 +84,26 @@ class Transcript:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._unwritten: list[bytes] = []  # without a path, all of them
+        self._lock = threading.Lock()
 
     def append(self, event: dict[str, Any]) -> None:
         """Append an event. Raises OSError; what could not be written is written with the next one."""
-        self._unwritten.append(json.dumps(event).encode())  # ASCII: no text fails to be written
-        if self._path is not None:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with os.fdopen(os.open(self._path, flags, 0o600), "r+b", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                cut = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a kill or a full disk
-                while self._unwritten:
-                    raw = (b"\n" if cut else b"") + self._unwritten[0] + b"\n"
-                    cut = False
-                    while raw:
-                        raw = raw[os.write(file.fileno(), raw) :]
-                    del self._unwritten[0]
+        with self._lock:
+            self._unwritten.append(json.dumps(event).encode())  # ASCII: no text fails to be written
+            if self._path is not None:
+                self._write(self._path)
+
+    def _write(self, path: Path) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            cut = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a kill or a full disk
+            while self._unwritten:
+                raw = (b"\n" if cut else b"") + self._unwritten[0] + b"\n"
+                cut = False
+                while raw:
+                    raw = raw[os.write(file.fileno(), raw) :]
+                del self._unwritten[0]
 
     def told(self, with_texts: bool = True) -> Told:
         """What all events add up to; a line that is no event, as a kill may leave one, is passed over and logged."""
@@ -110,8 +115,10 @@ class Transcript:
                 logger.warning("%s: line %d is passed over: %r", self._path, number, error)
         return told
 
-    def _lines(self) -> Iterator[bytes]:
-        if self._path is not None and self._path.is_file() and not self._path.is_symlink():
-            with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                yield from file
-        yield from self._unwritten
+    def _lines(self) -> list[bytes]:
+        with self._lock:
+            written = []
+            if self._path is not None and self._path.is_file() and not self._path.is_symlink():
+                with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                    written = file.readlines()
+            return written + self._unwritten

@@ -77,8 +77,8 @@ class Service:
         self.tokenizer: Tokenizer = lm.tokenizer
         scheduler = Scheduler(lm, limits.slots, limits.max_running)
         self.worker = Worker(scheduler, min(limits.max_running, limits.slots) + limits.max_waiting)
-        self._folder = None if folder is None else SessionFolder(folder)
-        self.sessions = Sessions(lm, scheduler, self.worker.call, self._folder, limits.max_stored)
+        saved = None if folder is None else SessionFolder(folder)
+        self.sessions = Sessions(lm, scheduler, self.worker.call, saved, limits.max_stored)
         self.created = int(time.time())
         self._watching: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 

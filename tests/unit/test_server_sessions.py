@@ -310,6 +310,20 @@ def test_a_restart_reads_nothing_again(lm: LM, tmp_path: Path, read: list[int]) 
     assert names == ["lock", "~kept.bmojo", "~kept.jsonl"]
 
 
+@pytest.mark.slow
+def test_turn_100_reads_what_turn_2_reads(lm: LM, tmp_path: Path, read: list[int]) -> None:
+    counts = []
+    for turns in (range(50), range(50, 99), range(99, 100)):
+        with serving(lm, Limits(slots=8), sessions=tmp_path) as served:
+            for n in turns:
+                read.clear()
+                usage = served.ask("long", f"question {n:03}", max_tokens=5)["usage"]
+                counts.append(sum(read))
+                assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] == counts[-1] + 1
+            assert get(served, "/long")["turns"] == turns[-1] + 1
+    assert max(counts[1:]) <= min(counts[1:]) + 2  # whether an answer ended by itself, and how its question was cut
+
+
 def test_ending_keeps_what_was_said(endless: LM, tmp_path: Path) -> None:
     """An answer that is not done when the time for it is over is kept as far as it went."""
     with (

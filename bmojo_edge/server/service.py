@@ -25,7 +25,15 @@ from bmojo_edge.server.metrics import Metrics
 from bmojo_edge.server.requests import ChatRequest, CompletionRequest
 from bmojo_edge.server.scheduler import Job, Said, Scheduler
 from bmojo_edge.server.session_folder import SessionFolder
-from bmojo_edge.server.sessions import NoRoom, SessionBusy, SessionExists, SessionProblem, Sessions, UnknownSession
+from bmojo_edge.server.sessions import (
+    NoRoom,
+    SessionBusy,
+    SessionExists,
+    SessionProblem,
+    Sessions,
+    TooManySessions,
+    UnknownSession,
+)
 from bmojo_edge.server.worker import Busy, Closed, Worker
 from bmojo_edge.steps import Steps
 from bmojo_edge.tokenizer import Tokenizer
@@ -33,7 +41,8 @@ from bmojo_edge.tokenizer import Tokenizer
 T = TypeVar("T")
 
 PATIENCE = 1.0  # seconds a request waits for a session in use: an answer whose client left ends a moment later
-STATUS = {UnknownSession: 404, SessionExists: 409, SessionBusy: 409, NoRoom: 429}  # other problems: 400
+POLL = 0.03  # seconds
+STATUS = {UnknownSession: 404, SessionExists: 409}  # other problems: 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,7 @@ class Service:
         self.worker = Worker(scheduler, min(limits.max_running, limits.slots) + limits.max_waiting)
         saved = None if folder is None else SessionFolder(folder)
         self.sessions = Sessions(lm, scheduler, self.worker.call, saved, limits.max_stored)
+        self._in_line = 0  # requests that wait for room
         self.created = int(time.time())
         self._watching: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
@@ -106,8 +116,7 @@ class Service:
             if job.owner is not None:
                 owner = job.owner
                 self.worker.call(lambda: owner.left(None))
-            self.metrics.add("refused")
-            raise Refused(429, "the server is busy; try again in a moment", "rate_limit_error", "busy") from None
+            raise self._busy("the server is busy; try again in a moment") from None
         except Closed:
             raise Refused(503, "the server is shutting down", "server_error", "shutting_down") from None
         # Begun here: a response whose client is gone already may never ask for its first token.
@@ -124,27 +133,43 @@ class Service:
         return reply(200, answer.whole(whole, usage(job, len(whole))))
 
     async def perform(self, task: Callable[[], Steps[T]]) -> T:
-        """What a task on sessions returns; one in use is waited for a moment. Raises Refused."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + PATIENCE
-        while True:
-            try:
-                return await asyncio.wrap_future(self.worker.perform(task()))
-            except SessionBusy as problem:
-                if loop.time() > end:
-                    raise Refused(409, str(problem), code="session_busy") from None
-                await asyncio.sleep(0.02)
-            except NoRoom as problem:
-                self.metrics.add("refused")
-                raise Refused(429, str(problem), "rate_limit_error", "busy") from None
-            except SessionProblem as problem:
-                raise Refused(STATUS.get(type(problem), 400), str(problem)) from None
-            except Closed as closed:
-                raise Refused(503, str(closed), "server_error", "shutting_down") from None
+        """What a task on sessions returns. It waits a moment for a session in use, longer for room. Raises Refused."""
+        start, in_line = time.monotonic(), False
+        try:
+            while True:
+                try:
+                    return await asyncio.wrap_future(self.worker.perform(task()))
+                except SessionBusy as problem:
+                    if time.monotonic() > start + PATIENCE:
+                        raise Refused(409, str(problem), code="session_busy") from None
+                except NoRoom as problem:
+                    if not in_line and self._in_line >= self.limits.max_waiting:
+                        raise self._busy(str(problem)) from None
+                    if time.monotonic() > start + self.limits.timeout:
+                        raise Refused(408, str(problem), "timeout_error", "timeout") from None
+                    self._in_line += not in_line
+                    in_line = True
+                await asyncio.sleep(POLL)
+        except TooManySessions as problem:
+            raise self._busy(str(problem)) from None
+        except SessionProblem as problem:
+            raise Refused(STATUS.get(type(problem), 400), str(problem)) from None
+        except Closed as closed:
+            raise Refused(503, str(closed), "server_error", "shutting_down") from None
+        finally:
+            self._in_line -= in_line
+
+    def _busy(self, message: str) -> Refused:
+        self.metrics.add("refused")
+        return Refused(429, message, "rate_limit_error", "busy")
 
     async def _session_job(self, asked: ChatRequest, session: str, tell: Callable[[Said | Exception], None]) -> Job:
         try:
             system, text = asked.turn
+            if len(await run_in_threadpool(self.tokenizer.encode, text)) > self.limits.max_prompt:  # before others wait
+                raise Refused(
+                    400, f"messages: have more than {self.limits.max_prompt:,} new tokens, the most read here"
+                )
             options = asked.options(self._max_tokens(asked))
             return await self.perform(
                 lambda: self.sessions.ask(session, system, text, options, self.limits.max_prompt, tell, asked.top or 0)

@@ -46,8 +46,12 @@ class SessionBusy(SessionProblem):
     """It is answering."""
 
 
+class TooManySessions(SessionProblem):
+    """There are as many as may be kept."""
+
+
 class NoRoom(SessionProblem):
-    """As many sessions as there may be are there, or in use."""
+    """As many sessions are in use as there is memory for."""
 
 
 class Record:
@@ -245,7 +249,7 @@ class Sessions:
         if name in self._records:
             raise SessionExists(f"there is a session {name!r} already")
         if len(self._records) >= self._most:
-            raise NoRoom(f"there are {self._most:,} sessions, as many as are kept here; delete some")
+            raise TooManySessions(f"there are {self._most:,} sessions, as many as are kept here; delete some")
         record = Record(name, self._transcript(name))
         record.note("begin", title=title)
         self._records[name] = record

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,6 +18,8 @@ from bmojo_edge.server.scheduler import Counts, Job, Said, Scheduler
 from bmojo_edge.steps import Steps
 
 T = TypeVar("T")
+
+PIECES = 0.02  # seconds of tasks between two steps, at least one piece
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ class Worker:
         self._calls.put(end)
 
     def perform(self, task: Steps[T]) -> Future[T]:
-        """Do something with the model's thread to oneself, a piece between two steps of the jobs; tasks take turns.
+        """Do something with the model's thread to oneself, in pieces between the steps of the jobs; tasks take turns.
 
         Raises Closed.
         """
@@ -136,7 +139,8 @@ class Worker:
                     self._calls.get()()
                     if self._closing and self._calls.empty():
                         break
-                if self._tasks:
+                end = time.monotonic() + PIECES
+                while self._tasks and time.monotonic() < end:
                     self._do_a_piece()
                 if self._scheduler.busy:
                     self._scheduler.step()

@@ -381,15 +381,11 @@ def test_states_dropped_from_memory_come_back(lm: LM, tmp_path: Path, save: bool
 def test_conversations_beside_each_other(lm: LM, tmp_path: Path) -> None:
     expected = {n: answers(lm, TEXTS, max_tokens=n) for n in range(4, 10)}
     said: dict[int, list[str]] = {n: [] for n in expected}
-    with serving(lm, Limits(slots=20), sessions=tmp_path) as served:
+    with serving(lm, Limits(slots=7), sessions=tmp_path) as served:  # room for two at a time
 
         def talk(n: int) -> None:
             for text in TEXTS:
-                response = httpx.Response(429)
-                while response.status_code == 429:  # as the openai client does by itself
-                    body = {"model": "tiny", "session_id": f"s{n}", "temperature": 0, "max_tokens": n}
-                    response = served.post({**body, "messages": [{"role": "user", "content": text}]})
-                said[n].append(told(response.json()))
+                said[n].append(told(served.ask(f"s{n}", text, max_tokens=n)))
 
         threads = [threading.Thread(target=talk, args=(n,)) for n in said]
         for thread in threads:
@@ -398,6 +394,29 @@ def test_conversations_beside_each_other(lm: LM, tmp_path: Path) -> None:
             thread.join()
         until(lambda: served.health()["running"] == 0)
     assert said == expected
+
+
+def test_no_room_and_nobody_may_wait(endless: LM) -> None:
+    with serving(endless, Limits(slots=3, max_waiting=0, max_tokens=100_000)) as served:
+        with stream_of(served, "first"):
+            body = {"model": "tiny", "session_id": "second", "messages": [{"role": "user", "content": "x"}]}
+            refused = served.post({**body, "max_tokens": 2})
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert [session["id"] for session in get(served, "")["data"]] == ["first"]
+        until(lambda: served.health()["running"] == 0)
+        assert served.post({**body, "max_tokens": 2}).status_code == 200
+
+
+def test_at_most_so_many_sessions(lm: LM) -> None:
+    with serving(lm, Limits(slots=4, max_stored=2)) as served:
+        for n in range(2):
+            act(served, "", {"id": f"s{n}"}, 201)
+        assert "delete some" in act(served, "", {}, 429)["error"]["message"]
+        served.ask("s1", "Hello", max_tokens=2)
+        assert act(served, "/s1/fork", {}, 429)
+        assert served.http.delete("/v1/sessions/s0").status_code == 204
+        act(served, "/s1/fork", {}, 201)
 
 
 def test_one_server_a_folder(lm: LM, tmp_path: Path) -> None:

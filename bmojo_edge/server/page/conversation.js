@@ -1,0 +1,231 @@
+// One conversation: its turns on the page, and what is asked of the server for them. The server holds the state and the
+// transcript; only what is new is sent, and going back is the server's rewind.
+
+import { announce, h } from "./dom.js";
+import { ApiError, Unreachable } from "./api.js";
+import { Turn } from "./turn.js";
+
+const PATIENCE = 20; // times a quarter of a second, while the server closes an answer that was stopped
+
+export class Conversation {
+  #api;
+  #options;
+  #on;
+  #aborter = null;
+  #turns = [];
+  #before = 0; // turns of the server's that are not shown: the oldest of a long conversation
+  #saved = false; // the server has it
+  /** The element that shows it. */
+  element = h("div", { class: "conversation" });
+  title = "";
+  position = 0;
+  bytes = null;
+  /** Tokens of the answer that is being written. */
+  said = 0;
+  /** Position and bytes after each answer since the page was opened. */
+  history = [];
+
+  /** `options()`: model, system and sampling; `on`: change, settled, unreachable and forked. */
+  constructor(id, api, options, on) {
+    this.id = id;
+    this.#api = api;
+    this.#options = options;
+    this.#on = on;
+  }
+
+  get answering() {
+    return this.#aborter !== null;
+  }
+
+  get empty() {
+    return this.#turns.length === 0;
+  }
+
+  get saved() {
+    return this.#saved;
+  }
+
+  get last() {
+    return this.#turns.at(-1) ?? null;
+  }
+
+  get #path() {
+    return `v1/sessions/${this.id}`;
+  }
+
+  /** Shows what the server has. Raises ApiError (404: no such session) and Unreachable. */
+  async load() {
+    const session = await this.#api.call("GET", this.#path);
+    this.#take(session);
+    this.element.replaceChildren();
+    this.#turns = [];
+    for (const { role, content } of session.messages) {
+      if (role === "user") this.#add(content);
+      else if (role === "assistant" && this.last) this.last.show(content);
+      else if (role === "system") this.#showSystem(content);
+    }
+    this.#before = session.turns - this.#turns.length;
+    if (this.#before > 0) {
+      const message = `The first ${this.#before} turns are remembered, but their text is no longer kept.`;
+      this.element.prepend(h("p", { class: "note" }, message));
+    }
+    this.#on.change(this);
+  }
+
+  /** Asks something new. */
+  async send(text) {
+    if (this.answering) return;
+    if (this.last?.state === "failed") this.#drop(this.#turns.length - 1);
+    await this.#answer(this.#add(text), false);
+  }
+
+  /** Ends the answer; what was said so far stays. */
+  stop() {
+    this.#aborter?.abort();
+  }
+
+  /** Answers the last question anew. */
+  async regenerate() {
+    if (!this.answering && this.last) await this.#answer(this.last, true);
+  }
+
+  #add(text) {
+    const turn = new Turn(text, {
+      regenerate: () => this.regenerate(),
+      retry: (failed) => this.answering || this.#answer(failed, true),
+      edit: (edited, changed) => this.#edit(edited, changed),
+      fork: (forked) => this.#fork(forked),
+      turnsAfter: (one) => this.#turns.length - 1 - this.#turns.indexOf(one),
+    });
+    this.#turns.push(turn);
+    this.element.append(turn.element);
+    return turn;
+  }
+
+  #drop(first) {
+    for (const turn of this.#turns.splice(first)) turn.element.remove();
+  }
+
+  async #edit(turn, text) {
+    if (this.answering) return;
+    this.#drop(this.#turns.indexOf(turn));
+    await this.#answer(this.#add(text), true);
+  }
+
+  async #fork(turn) {
+    try {
+      const turns = this.#before + this.#turns.indexOf(turn) + 1;
+      this.#on.forked(await this.#api.call("POST", `${this.#path}/fork`, { turns }));
+    } catch (error) {
+      this.#on.failed(error);
+    }
+  }
+
+  /** Has the last turn answered; `back`: the server may have it, or later ones, already. */
+  async #answer(turn, back) {
+    const place = this.#before + this.#turns.indexOf(turn); // turns before it
+    const aborter = (this.#aborter = new AbortController());
+    this.said = 0;
+    turn.begin();
+    this.#on.change(this);
+    announce("Answering.");
+    let note = "";
+    let failure = null;
+    try {
+      if (back && this.#saved) await this.#rewind(place, aborter.signal);
+      const reason = await this.#stream(turn, aborter.signal);
+      if (reason === "length") note = "The answer reached its limit of tokens.";
+    } catch (error) {
+      if (error.name === "AbortError") note = "Stopped.";
+      else failure = error;
+    }
+    const kept = await this.#settle(place, turn, note !== "" || failure !== null);
+    if (kept) turn.end(failure ? `Cut off: ${failure.message}` : note);
+    else turn.fail(failure?.message ?? "Stopped before the server had read the question.");
+    this.#aborter = null;
+    this.said = 0;
+    announce(failure ? failure.message : note || "Answer complete.");
+    if (failure instanceof Unreachable || failure?.code === "shutting_down") this.#on.unreachable();
+    this.#on.change(this);
+    this.#on.settled(this);
+  }
+
+  async #stream(turn, signal) {
+    const { model, system, ...sampling } = this.#options();
+    const messages = [{ role: "user", content: turn.user }];
+    if (!this.#saved && system) {
+      messages.unshift({ role: "system", content: system });
+      this.#showSystem(system);
+    }
+    const body = { model, session_id: this.id, messages, ...sampling };
+    let reason = null;
+    for (let tries = 0; ; tries++) {
+      try {
+        for await (const chunk of this.#api.stream("v1/chat/completions", body, signal)) {
+          const choice = chunk.choices[0];
+          const piece = choice?.delta.content;
+          reason = choice?.finish_reason ?? reason;
+          if (!piece) continue;
+          turn.append(piece);
+          this.said += 1;
+          this.#on.grown(this);
+        }
+        return reason;
+      } catch (error) {
+        if (!(error instanceof ApiError) || error.status !== 409 || tries >= PATIENCE) throw error;
+        await pause(250); // the answer before this one is being closed
+        signal.throwIfAborted();
+      }
+    }
+  }
+
+  async #rewind(place, signal) {
+    const session = await this.#api.call("GET", this.#path, undefined, signal);
+    if (session.turns < place) {
+      throw new ApiError(null, "The server has only an earlier part of this conversation. Reload the page to see it.");
+    }
+    if (session.turns > place) {
+      const body = { turns: session.turns - place };
+      this.#take(await this.#api.call("POST", `${this.#path}/rewind`, body, signal));
+      this.history = this.history.filter((point) => point.position <= this.position);
+    }
+  }
+
+  /** Asks what the server has of a turn after it ended; whether it has it. An answer that was cut short is read back. */
+  async #settle(place, turn, cut) {
+    for (let tries = 0; ; tries++) {
+      try {
+        const session = await this.#api.call("GET", this.#path);
+        const kept = session.turns > place;
+        if (!kept && cut && tries < PATIENCE / 4) {
+          await pause(250);
+          continue;
+        }
+        this.#take(session);
+        this.history.push({ position: this.position, bytes: this.bytes });
+        if (kept && cut) turn.show(session.messages.findLast(({ role }) => role === "assistant")?.content ?? turn.answer);
+        return kept;
+      } catch (error) {
+        if (error instanceof Unreachable) this.#on.unreachable();
+        return !cut; // all of it was received: then only this question failed
+      }
+    }
+  }
+
+  #take(session) {
+    this.#saved = true;
+    this.title = session.title ?? "";
+    this.position = session.position;
+    this.bytes = session.bytes;
+  }
+
+  #showSystem(text) {
+    this.element.querySelector(".system")?.remove();
+    const note = h("details", { class: "system" }, h("summary", {}, "Instructions"), h("p", {}, text));
+    this.element.prepend(note);
+  }
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}

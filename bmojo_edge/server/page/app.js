@@ -119,7 +119,7 @@ function draw() {
 
 /** Shows an error that belongs to no turn. */
 function failed(error) {
-  if (error.name === "Unreachable") connection.lost();
+  if (error.name === "Unreachable" || error.code === "shutting_down") connection.lost();
   else tell(error.message);
 }
 

@@ -15,9 +15,10 @@ export class Conversation {
   #turns = [];
   #before = 0; // turns of the server's that are not shown: the oldest of a long conversation
   #saved = false; // the server has it
+  #system = null; // the instructions it began with
   /** The element that shows it. */
   element = h("div", { class: "conversation" });
-  title = "";
+  #title = "";
   position = 0;
   bytes = null;
   /** Tokens of the answer that is being written. */
@@ -35,6 +36,14 @@ export class Conversation {
 
   get answering() {
     return this.#aborter !== null;
+  }
+
+  get title() {
+    return this.#title || (this.#turns[0]?.user.slice(0, 60) ?? "");
+  }
+
+  set title(title) {
+    this.#title = title;
   }
 
   get empty() {
@@ -133,7 +142,7 @@ export class Conversation {
     let failure = null;
     try {
       if (back && this.#saved) await this.#rewind(place, aborter.signal);
-      const reason = await this.#stream(turn, aborter.signal);
+      const reason = await this.#stream(turn, place, aborter.signal);
       if (reason === "length") note = "The answer reached its limit of tokens.";
     } catch (error) {
       if (error.name === "AbortError") note = "Stopped.";
@@ -150,13 +159,11 @@ export class Conversation {
     this.#on.settled(this);
   }
 
-  async #stream(turn, signal) {
+  async #stream(turn, place, signal) {
     const { model, system, ...sampling } = this.#options();
     const messages = [{ role: "user", content: turn.user }];
-    if (!this.#saved && system) {
-      messages.unshift({ role: "system", content: system });
-      this.#showSystem(system);
-    }
+    if (!this.#saved && this.#system === null && system) this.#showSystem(system);
+    if (place === 0 && this.#system) messages.unshift({ role: "system", content: this.#system });
     const body = { model, session_id: this.id, messages, ...sampling };
     let reason = null;
     for (let tries = 0; ; tries++) {
@@ -197,7 +204,7 @@ export class Conversation {
       try {
         const session = await this.#api.call("GET", this.#path);
         const kept = session.turns > place;
-        if (!kept && cut && tries < PATIENCE / 4) {
+        if (!kept && cut && tries < PATIENCE / 2) {
           await pause(250);
           continue;
         }
@@ -220,6 +227,7 @@ export class Conversation {
   }
 
   #showSystem(text) {
+    this.#system = text;
     this.element.querySelector(".system")?.remove();
     const note = h("details", { class: "system" }, h("summary", {}, "Instructions"), h("p", {}, text));
     this.element.prepend(note);

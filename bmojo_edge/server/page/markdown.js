@@ -109,7 +109,7 @@ export class StreamedMarkdown {
   #draw() {
     const begun = performance.now();
     this.#timer = null;
-    this.#tail = this.#tail.replace(/\r\n?(?!$)/g, "\n"); // as the lexer does, so that lengths agree
+    this.#tail = this.#tail.replace(/\r\n|\r(?!\n|$)/g, "\n"); // as the lexer does, so that lengths agree
     const blocks = marked.lexer(this.#tail);
     const written = blocks.flatMap((block, i) => (block.type === "space" ? [] : [i]));
     const first = written.at(-2) ?? 0; // the last two may change: a blank line can join them

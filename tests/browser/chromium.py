@@ -87,6 +87,10 @@ class Page:
     def js(self, script: str, *arguments: Any) -> Any:
         return self.chrome.execute_script(script, *arguments)
 
+    def script(self, name: str) -> Any:
+        """What a script beside this file returns."""
+        return self.js(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
     def await_js(self, body: str, *arguments: Any) -> Any:
         """The result of an async function with `body`; it sees its arguments as `given`."""
         script = (

@@ -83,6 +83,11 @@ class Served:
         assert not self._thread.is_alive()
         self._listener.close()
 
+    def ask(self, session: str, text: str) -> None:
+        """Asks in a session, as another client does."""
+        body = {"model": "tiny", "session_id": session, "messages": [{"role": "user", "content": text}]}
+        httpx.post(f"{self.address}/v1/chat/completions", json=body, timeout=120).raise_for_status()
+
     def get(self, path: str) -> dict[str, Any]:
         """What the server tells."""
         headers = {} if self._key is None else {"authorization": f"Bearer {self._key}"}

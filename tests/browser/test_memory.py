@@ -79,7 +79,10 @@ def test_every_kept_token_is_shown_with_where_and_why(chat: Page, served: Served
         chat.js("arguments[0].click()", row)
         assert row.get_attribute("aria-pressed") == "true"
         labels = chat.js("return [...document.querySelectorAll('#memory .token')].map((one) => one.ariaLabel)")
-        shades = chat.js("return [...document.querySelectorAll('#memory .token')].map((one) => +one.style.getPropertyValue('--shade'))")
+        shades = chat.js(
+            "const chips = [...document.querySelectorAll('#memory .token')];"
+            "return chips.map((one) => +one.style.getPropertyValue('--shade'))"
+        )
         kept = {token["position"]: token for token in layer["sinks"] + layer["eidetic"]}
         assert len(labels) == len(shades) == len(kept)
         scores = [token["innovation"] for token in layer["eidetic"]]
@@ -88,7 +91,9 @@ def test_every_kept_token_is_shown_with_where_and_why(chat: Page, served: Served
             assert f"position {position:,}, {token['age']:,} tokens ago" in label
             assert ("sink" in label) == any(sink["position"] == position for sink in layer["sinks"])
             if token["innovation"] is not None:
-                assert float(label.split("innovation ")[1].split(" ")[0]) == pytest.approx(token["innovation"], rel=1e-3)
+                assert float(label.split("innovation ")[1].split(" ")[0]) == pytest.approx(
+                    token["innovation"], rel=1e-3
+                )
                 low, high = min(scores), max(scores)
                 assert shade == pytest.approx((token["innovation"] - low) / (high - low), abs=1e-3)
 
@@ -115,7 +120,8 @@ def test_the_bars_are_as_long_as_the_shares(chat: Page, served: Served) -> None:
     memory = told(served, chat)
     bar = """
         const bar = document.querySelector(arguments[0]), whole = bar.getBoundingClientRect().width;
-        return Object.fromEntries([...bar.children].map((one) => [one.className.split(" ")[1], one.getBoundingClientRect().width / whole]))
+        const share = (one) => [one.className.split(" ")[1], one.getBoundingClientRect().width / whole];
+        return Object.fromEntries([...bar.children].map(share))
     """
     assert memory["queries"] > 0
     for selector, shares in [
@@ -126,7 +132,10 @@ def test_the_bars_are_as_long_as_the_shares(chat: Page, served: Served) -> None:
         for name, share in shares.items():
             assert got.get(name, 0.0) == pytest.approx(share, abs=0.01), selector
     for name, share in memory["attention"].items():
-        assert re.search(rf"{name} {round(100 * share)}(\.\d)?%|{name} {100 * share:.1f}%", chat.text("#memory .legend") + chat.text("#memory-found .legend").replace("\n", " "))
+        assert re.search(
+            rf"{name} {round(100 * share)}(\.\d)?%|{name} {100 * share:.1f}%",
+            chat.text("#memory .legend") + chat.text("#memory-found .legend").replace("\n", " "),
+        )
 
 
 def test_the_panel_follows_the_conversation(chat: Page) -> None:

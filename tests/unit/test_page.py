@@ -44,8 +44,10 @@ def test_nothing_is_inline_and_nothing_comes_from_elsewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_no_text_becomes_markup(path: Path) -> None:
-    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|\beval\(|new Function"
-    assert not re.findall(ways, path.read_text(encoding="utf-8"))
+    ways = (
+        r"(inner|outer)HTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|\beval\(|Function\("
+    )
+    assert not re.search(ways, path.read_text(encoding="utf-8"))
 
 
 def test_every_script_says_what_it_is() -> None:

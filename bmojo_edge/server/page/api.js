@@ -3,7 +3,7 @@
 
 const KEY = "bmojo-edge.key";
 
-/** The server's refusal. `status` is HTTP's, null for one in the middle of a stream; `code` is the server's word for the reason, or null. */
+/** The server's refusal. `status` is HTTP's, null in the middle of a stream; `code` names the reason, or is null. */
 export class ApiError extends Error {
   constructor(status, message, code = null) {
     super(message);
@@ -77,7 +77,13 @@ export class Api {
       if (body !== undefined) headers["content-type"] = "application/json";
       let response;
       try {
-        response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
+        response = await fetch(path, {
+          method,
+          headers,
+          body: body && JSON.stringify(body),
+          signal,
+          cache: "no-store",
+        });
       } catch (error) {
         if (error.name === "AbortError") throw error;
         throw new Unreachable("The server cannot be reached.");

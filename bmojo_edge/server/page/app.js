@@ -46,12 +46,17 @@ let model = null;
 let current = made(newId());
 
 function made(id) {
-  const options = () => ({ model, system: settings.system, ...settings.sampling, stream_options: { include_usage: true } });
+  const options = () => ({
+    model,
+    system: settings.system,
+    ...settings.sampling,
+    stream_options: { include_usage: true },
+  });
   return new Conversation(id, api, options, {
     change: draw,
     grown: (one) => one === current && memory.count(one),
     settled: (one) => {
-      if (one === current) memory.look(one);
+      if (one === current) memory.follow(one);
       else if (one.last.state !== "failed") conversations.delete(one.id);
       list.refresh().catch(failed);
     },
@@ -84,7 +89,7 @@ function show(conversation) {
   $("shown").replaceChildren(conversation.element);
   follower.toEnd();
   draw();
-  memory.look(conversation);
+  memory.follow(conversation);
   if (NARROW.matches) drawer(false);
 }
 
@@ -136,7 +141,9 @@ function askKey(again) {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "key" ? input.value.trim() : null), { once: true });
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "key" ? input.value.trim() : null), {
+      once: true,
+    });
   });
 }
 
@@ -168,6 +175,14 @@ async function start() {
   }
 }
 
+/** Other windows may have changed the list and the conversation that is shown. */
+async function catchUp() {
+  await list.refresh();
+  const there = list.about(current.id);
+  const settled = !current.answering && current.last?.state !== "failed";
+  if (there && settled && there.turns !== current.turns) await current.load();
+}
+
 $("new").addEventListener("click", begin);
 $("menu").addEventListener("click", () => drawer(!drawerIsOpen()));
 $("scrim").addEventListener("click", () => drawer(false));
@@ -179,9 +194,7 @@ $("meter").addEventListener("click", () => {
 });
 $("close-memory").addEventListener("click", () => memory.hide());
 window.addEventListener("hashchange", open);
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && model !== null) list.refresh().catch(failed); // other windows may have changed it
-});
+document.addEventListener("visibilitychange", () => document.hidden || model === null || catchUp().catch(failed));
 NARROW.addEventListener("change", () => drawer(!NARROW.matches));
 
 document.addEventListener("keydown", (event) => {

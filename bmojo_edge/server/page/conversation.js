@@ -5,7 +5,7 @@ import { announce, h } from "./dom.js";
 import { ApiError, Unreachable } from "./api.js";
 import { Turn } from "./turn.js";
 
-const PATIENCE = 20; // times a quarter of a second, while the server closes an answer that was stopped
+const PATIENCE = 10; // times a quarter of a second, while the server closes an answer that was stopped
 
 export class Conversation {
   #api;
@@ -15,6 +15,7 @@ export class Conversation {
   #turns = [];
   #before = 0; // turns of the server's that are not shown: the oldest of a long conversation
   #saved = false; // the server has it
+  #there = 0; // turns the server told of last
   #system = null; // the instructions it began with
   /** The element that shows it. */
   element = h("div", { class: "conversation" });
@@ -48,6 +49,11 @@ export class Conversation {
 
   get empty() {
     return this.#turns.length === 0;
+  }
+
+  /** How many turns it has as far as the page knows. */
+  get turns() {
+    return this.#before + this.#turns.length;
   }
 
   get saved() {
@@ -141,7 +147,7 @@ export class Conversation {
     let note = "";
     let failure = null;
     try {
-      if (back && this.#saved) await this.#rewind(place, aborter.signal);
+      if (back && this.#saved) await this.#whenFree(turn, aborter.signal, () => this.#rewind(place, aborter.signal));
       const reason = await this.#stream(turn, place, aborter.signal);
       if (reason === "length") note = "The answer reached its limit of tokens.";
     } catch (error) {
@@ -153,6 +159,7 @@ export class Conversation {
     else turn.fail(failure?.message ?? "Stopped before the server had read the question.");
     this.#aborter = null;
     this.said = 0;
+    if (kept && this.#there !== this.turns) await this.load().catch((error) => this.#on.failed(error)); // used elsewhere
     announce(failure ? failure.message : note || "Answer complete.");
     if (failure instanceof Unreachable || failure?.code === "shutting_down") this.#on.unreachable();
     this.#on.change(this);
@@ -165,22 +172,30 @@ export class Conversation {
     if (!this.#saved && this.#system === null && system) this.#showSystem(system);
     if (place === 0 && this.#system) messages.unshift({ role: "system", content: this.#system });
     const body = { model, session_id: this.id, messages, ...sampling };
-    let reason = null;
-    for (let tries = 0; ; tries++) {
+    return this.#whenFree(turn, signal, async () => {
+      let reason = null;
+      for await (const chunk of this.#api.stream("v1/chat/completions", body, signal)) {
+        const choice = chunk.choices[0];
+        const piece = choice?.delta.content;
+        reason = choice?.finish_reason ?? reason;
+        if (!piece) continue;
+        turn.append(piece);
+        this.said += 1;
+        this.#on.grown(this);
+      }
+      return reason;
+    });
+  }
+
+  /** What an action returns, once the server no longer uses the conversation for something else. */
+  async #whenFree(turn, signal, action) {
+    for (;;) {
       try {
-        for await (const chunk of this.#api.stream("v1/chat/completions", body, signal)) {
-          const choice = chunk.choices[0];
-          const piece = choice?.delta.content;
-          reason = choice?.finish_reason ?? reason;
-          if (!piece) continue;
-          turn.append(piece);
-          this.said += 1;
-          this.#on.grown(this);
-        }
-        return reason;
+        return await action();
       } catch (error) {
-        if (!(error instanceof ApiError) || error.status !== 409 || tries >= PATIENCE) throw error;
-        await pause(250); // the answer before this one is being closed
+        if (!(error instanceof ApiError) || error.status !== 409) throw error;
+        turn.explain("Waiting: another window uses this conversation, or its memories are being looked into.");
+        await pause(250);
         signal.throwIfAborted();
       }
     }
@@ -198,19 +213,20 @@ export class Conversation {
     }
   }
 
-  /** Asks what the server has of a turn after it ended; whether it has it. An answer that was cut short is read back. */
+  /** Whether the server has a turn that has ended. Reads back an answer that was cut short. */
   async #settle(place, turn, cut) {
     for (let tries = 0; ; tries++) {
       try {
         const session = await this.#api.call("GET", this.#path);
         const kept = session.turns > place;
-        if (!kept && cut && tries < PATIENCE / 2) {
+        if (!kept && cut && tries < PATIENCE) {
           await pause(250);
           continue;
         }
         this.#take(session);
         this.history.push({ position: this.position, bytes: this.bytes });
-        if (kept && cut) turn.show(session.messages.findLast(({ role }) => role === "assistant")?.content ?? turn.answer);
+        if (kept && cut)
+          turn.show(session.messages.findLast(({ role }) => role === "assistant")?.content ?? turn.answer);
         return kept;
       } catch (error) {
         if (error instanceof Unreachable) this.#on.unreachable();
@@ -222,6 +238,7 @@ export class Conversation {
   #take(session) {
     this.#saved = true;
     this.title = session.title ?? "";
+    this.#there = session.turns;
     this.position = session.position;
     this.bytes = session.bytes;
   }

@@ -29,7 +29,11 @@ export function icon(name) {
 
 /** A button that shows an icon alone; `label` is its name for everybody who does not see it. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes },
+    icon(name),
+  );
 }
 
 /** Puts text on the clipboard. Resolves to false where the browser does not let it. */

@@ -3,6 +3,8 @@
 
 import { h, svg } from "./dom.js";
 
+const SLOW = 3000; // milliseconds: where looking takes longer, it waits to be asked
+
 const MEMORIES = { window: "window", fading: "fading", eidetic: "eidetic", sinks: "sinks", storage: "storage" };
 
 /** Bytes as people read them. */
@@ -19,7 +21,9 @@ export class MemoryPanel {
   #found = document.getElementById("memory-found");
   #detail = document.getElementById("token-detail");
   #aborter = null;
-  #layer = null; // of the last look: which layer's tokens are shown
+  #shown = null; // the conversation whose memories are shown
+  #layer = null; // whose tokens are shown
+  #took = 0; // milliseconds of the last look
 
   constructor(api) {
     this.#api = api;
@@ -58,19 +62,38 @@ export class MemoryPanel {
     if (this.#panel.contains(document.activeElement)) this.#meter.focus();
   }
 
+  /** The conversation has changed, or is another one: looks where that is quick, and else offers to. */
+  follow(conversation) {
+    if (!this.open) return;
+    if (this.#took < SLOW || !conversation.saved || conversation.answering) {
+      this.look(conversation);
+      return;
+    }
+    this.#aborter?.abort();
+    this.count(conversation);
+    this.#say(`Looking took ${Math.round(this.#took / 1000)} seconds the last time.`);
+    this.#found.append(h("button", { type: "button", onclick: () => this.look(conversation) }, "Look now"));
+  }
+
   /** Asks the server what this conversation keeps, and shows it. */
   async look(conversation) {
-    if (!this.open) return;
     this.#aborter?.abort();
     this.count(conversation);
     if (!conversation.saved) return this.#say("There is nothing to remember yet.");
     if (conversation.answering) return this.#say("The memories are looked into when the answer is complete.");
     const aborter = (this.#aborter = new AbortController());
     this.#found.setAttribute("aria-busy", "true");
-    if (!this.#found.querySelector(".layers")) this.#say("Looking…");
+    if (this.#shown !== conversation.id) {
+      this.#say(
+        "Looking… The server computes the last answer again for this, which can take as long as saying it did.",
+      );
+    }
+    const begun = performance.now();
     try {
       const path = `v1/sessions/${conversation.id}/memory`;
       this.#draw(await this.#api.call("GET", path, undefined, aborter.signal));
+      this.#shown = conversation.id;
+      this.#took = performance.now() - begun;
     } catch (error) {
       if (error.name !== "AbortError") this.#say(error.message);
     } finally {
@@ -79,6 +102,7 @@ export class MemoryPanel {
   }
 
   #say(text) {
+    this.#shown = null;
     this.#found.replaceChildren(h("p", { class: "note" }, text));
     this.#detail.textContent = "";
   }
@@ -108,7 +132,12 @@ export class MemoryPanel {
       };
       const button = h(
         "button",
-        { type: "button", "aria-pressed": String(i === this.#layer), onclick: choose, disabled: layer.kind !== "bmojo" },
+        {
+          type: "button",
+          "aria-pressed": String(i === this.#layer),
+          onclick: choose,
+          disabled: layer.kind !== "bmojo",
+        },
         h("span", { class: "name" }, `Layer ${i}`),
         h("span", { class: "count" }, kept),
         bar(layer.attention, `Layer ${i}`),
@@ -136,11 +165,16 @@ export class MemoryPanel {
       next = token.position + 1;
       const innovation = scores.get(token.position) ?? null;
       const text = describe(token, innovation, sinkPositions.has(token.position));
-      const chip = h("button", { type: "button", class: "token", tabindex: "-1", "aria-label": text }, visible(token.text));
+      const chip = h(
+        "button",
+        { type: "button", class: "token", tabindex: "-1", "aria-label": text },
+        visible(token.text),
+      );
       chip.classList.toggle("sink", sinkPositions.has(token.position));
       const shade = innovation === null ? 0 : high > low ? (innovation - low) / (high - low) : 1;
       chip.style.setProperty("--shade", shade.toFixed(3));
-      for (const event of ["focus", "pointerenter"]) chip.addEventListener(event, () => (this.#detail.textContent = text));
+      for (const event of ["focus", "pointerenter"])
+        chip.addEventListener(event, () => (this.#detail.textContent = text));
       line.append(chip);
     }
     line.querySelector(".token")?.setAttribute("tabindex", "0");
@@ -149,10 +183,13 @@ export class MemoryPanel {
     const key = h(
       "p",
       { class: "note" },
-      "The stronger the colour, the less the layer expected the token. Framed ones are sinks, kept for their place. ⋯ is what is not kept.",
+      "The stronger the colour, the less the layer expected the token. Framed ones are sinks, kept for their place. " +
+        "⋯ is what is not kept.",
     );
     const title = h("h3", {}, `Kept by layer ${this.#layer}, token by token`);
-    this.#found.querySelector(".kept").replaceChildren(title, ...(none ? [none] : []), ...(sorted.length ? [key, line] : []));
+    this.#found
+      .querySelector(".kept")
+      .replaceChildren(title, ...(none ? [none] : []), ...(sorted.length ? [key, line] : []));
     this.#detail.textContent = "";
   }
 }
@@ -191,7 +228,11 @@ function bar(shares, name) {
     part.style.flexGrow = shares[memory];
     return part;
   });
-  return h("span", { class: "bar", role: "img", "aria-label": `${name}: ${label || "no attention"}`, title: label }, ...parts);
+  return h(
+    "span",
+    { class: "bar", role: "img", "aria-label": `${name}: ${label || "no attention"}`, title: label },
+    ...parts,
+  );
 }
 
 function legend(shares) {
@@ -211,12 +252,26 @@ function chart(history) {
   };
   const drawing = svg(
     "svg",
-    { viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": "Position and bytes after each answer" },
-    line("position", history.map(({ position }) => position)),
-    line("bytes", history.map(({ bytes }) => bytes)),
+    {
+      viewBox: "0 0 100 40",
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": "Position and bytes after each answer",
+    },
+    line(
+      "position",
+      history.map(({ position }) => position),
+    ),
+    line(
+      "bytes",
+      history.map(({ bytes }) => bytes),
+    ),
   );
   const key = h("ul", { class: "legend" });
-  for (const [name, text] of [["position", "position"], ["bytes", "bytes"]]) {
+  for (const [name, text] of [
+    ["position", "position"],
+    ["bytes", "bytes"],
+  ]) {
     key.append(h("li", {}, h("span", { class: `share line-${name}` }), text));
   }
   return [drawing, key];

@@ -26,6 +26,11 @@ export class SessionList {
     this.#draw();
   }
 
+  /** What the server told last of a conversation; null where it did not. */
+  about(id) {
+    return this.#sessions.find((session) => session.id === id) ?? null;
+  }
+
   /** Marks the conversation that is shown, and those that are being answered. */
   mark(current, answering) {
     this.#marks = { current, answering };
@@ -36,7 +41,9 @@ export class SessionList {
     if (this.#renaming !== null) return;
     const wanted = this.#filter.value.trim().toLowerCase();
     const found = this.#sessions.filter(({ title }) => (title ?? "").toLowerCase().includes(wanted));
-    const focused = this.#list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : null;
+    const focused = this.#list.contains(document.activeElement)
+      ? document.activeElement.closest("li")?.dataset.id
+      : null;
     this.#list.replaceChildren(...found.map((session) => this.#item(session)));
     if (focused) this.#list.querySelector(`li[data-id="${focused}"] a`)?.focus();
     const none = document.getElementById("no-sessions");

@@ -35,7 +35,9 @@ export class Settings {
   get sampling() {
     const { temperature, top_p, max_tokens } = this.#values;
     const numbers = { temperature, top_p, max_tokens };
-    return Object.fromEntries(Object.entries(numbers).flatMap(([name, text]) => (text === "" ? [] : [[name, Number(text)]])));
+    return Object.fromEntries(
+      Object.entries(numbers).flatMap(([name, text]) => (text === "" ? [] : [[name, Number(text)]])),
+    );
   }
 
   #fill(values) {

@@ -48,7 +48,16 @@ export class Turn {
   append(piece) {
     this.#answer += piece;
     this.#stream.append(piece);
-    this.element.classList.remove("waiting");
+    if (this.element.classList.contains("waiting")) {
+      this.element.classList.remove("waiting");
+      this.explain("");
+    }
+  }
+
+  /** Says something below the answer. */
+  explain(note) {
+    this.#note.replaceChildren(note);
+    this.#note.hidden = !note;
   }
 
   /** The answer is as it stays; `note` tells what cut it short. */
@@ -69,7 +78,10 @@ export class Turn {
   edit() {
     if (this.state === "answering" || this.#editing) return;
     this.#editing = true;
-    const area = h("textarea", { "aria-label": "Edit the question", rows: Math.min(12, this.user.split("\n").length + 1) });
+    const area = h("textarea", {
+      "aria-label": "Edit the question",
+      rows: Math.min(12, this.user.split("\n").length + 1),
+    });
     area.value = this.user;
     const close = () => {
       this.#editing = false;
@@ -89,9 +101,16 @@ export class Turn {
       } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
     });
     const after = this.#actions.turnsAfter(this);
-    const lost = after > 0 ? h("p", { class: "note" }, `This takes back ${after} later ${after === 1 ? "turn" : "turns"}.`) : null;
+    const lost =
+      after > 0 ? h("p", { class: "note" }, `This takes back ${after} later ${after === 1 ? "turn" : "turns"}.`) : null;
     const cancel = h("button", { type: "button", onclick: close }, "Cancel");
-    const buttons = h("div", { class: "buttons" }, lost, cancel, h("button", { type: "submit", class: "primary" }, "Send"));
+    const buttons = h(
+      "div",
+      { class: "buttons" },
+      lost,
+      cancel,
+      h("button", { type: "submit", class: "primary" }, "Send"),
+    );
     this.#question.replaceChildren(h("form", { class: "editor", onsubmit: send }, area, buttons));
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
@@ -108,19 +127,31 @@ export class Turn {
     this.element.classList.toggle("waiting", state === "answering");
     this.element.classList.toggle("failed", state === "failed");
     this.element.setAttribute("aria-busy", String(state === "answering"));
-    this.#note.replaceChildren(note);
-    this.#note.hidden = !note;
+    this.explain(note);
     const done = state === "done";
     this.#tools.replaceChildren(
       ...(this.#answer && state !== "answering" ? [copyButton("Copy answer", () => this.#answer)] : []),
-      ...(done ? [iconButton("redo", "Regenerate answer", () => this.#actions.regenerate(this), { class: "icon-button last-only" })] : []),
-      ...(done ? [iconButton("fork", "Fork: go on from here in a new conversation", () => this.#actions.fork(this))] : []),
+      ...(done
+        ? [
+            iconButton("redo", "Regenerate answer", () => this.#actions.regenerate(this), {
+              class: "icon-button last-only",
+            }),
+          ]
+        : []),
+      ...(done
+        ? [iconButton("fork", "Fork: go on from here in a new conversation", () => this.#actions.fork(this))]
+        : []),
     );
   }
 
   #drawQuestion() {
     const edit = iconButton("edit", "Edit question", () => this.edit());
-    const tools = h("div", { class: "tools" }, edit, copyButton("Copy question", () => this.user));
+    const tools = h(
+      "div",
+      { class: "tools" },
+      edit,
+      copyButton("Copy question", () => this.user),
+    );
     this.#question.replaceChildren(h("div", { class: "bubble" }, this.user), tools);
   }
 }

@@ -11,7 +11,7 @@ for (let one = walker.nextNode(); one; one = walker.nextNode()) {
     const link =
       one.matches("a") && ["rel", "target"].includes(name) && /^(noopener noreferrer nofollow|_blank)$/.test(value);
     const language = one.matches("pre > code") && name === "class" && /^language-[\w+#.-]+$/.test(value);
-    const address = name === "href" && /^(https?|mailto):/.test(one.href);
+    const address = name === "href" && /^(https?|mailto):/i.test(value);
     const plain =
       ["title", "align", "start", "checked", "disabled"].includes(name) || (name === "type" && value === "checkbox");
     if (!(ours || link || language || address || plain)) found.push(`${one.tagName} ${name}=${value}`);

@@ -85,14 +85,18 @@ def test_asking_while_the_server_is_away(page: Page, mortal: Served) -> None:
     mortal.says("Hello.")
     page.open(mortal.address)
     page.until(lambda: page.text("#model"))
+    mortal.ask("other", "from elsewhere")
     mortal.stop()
     page.ask("one")
     assert "cannot be reached" in page.text(".failed .note")
     page.one("#offline")
+    for drawing in ("#send use", ".failed .note use"):
+        assert page.js("return document.querySelector(arguments[0]).getBBox().width", drawing) > 0, drawing
     mortal.start()
     page.click("#look-now")
     page.until(lambda: not page.all("#offline:not([hidden])"))
+    page.until(lambda: page.texts("#sessions .title") == ["from elsewhere"])
     page.click(".failed .note button")
     page.until(lambda: page.answers == ["Hello."])
     page.settled()
-    assert page.texts("#sessions .title") == ["one"]
+    page.until(lambda: page.texts("#sessions .title") == ["one", "from elsewhere"])

@@ -67,6 +67,7 @@ DOCUMENTS = [
     "Hello.\n\nA second paragraph\nof two lines.",
     "# One\n\nText\n===\n\nText\n---\n\n## Two ##\ntext",
     "- a\n- b\n\n- c\n\n  more of c\n\n      code of c\n\nafter",
+    "1. a\n\n2. b\n\n10. c\n\n* d\n\n+ e\n\nf",
     "1. a\n2. b\n   - x\n   - y\n\n     z\n3. c\n\ntext\n\n3. d\n4. e",
     "```python\ndef f():\n\n\n    return 1\n```\nafter\n\n~~~\ntilde\n~~~\n\n    indented\n\n    more\n\nend",
     "| a | b |\n|:-:|--:|\n| 1 | 2 |\n| 3 | `|` |\n\n| not a table |\n\ntext",

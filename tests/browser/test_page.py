@@ -233,6 +233,21 @@ def test_the_list_finds_renames_and_deletes(chat: Page, served: Served) -> None:
     assert "about hills" in chat.texts("#sessions .title")
 
 
+def test_deleting_a_conversation_while_it_is_answered(chat: Page, served: Served) -> None:
+    served.says(LONG, pause=0.05)
+    chat.ask("about to go", wait=False)
+    gone = chat.id
+    chat.until(lambda: len(chat.text(".answer .markdown")) > 20)
+    chat.js("document.dispatchEvent(new Event('visibilitychange'))")  # the list is asked for
+    chat.click(f"#sessions li[data-id='{gone}'] [aria-label=Delete]")
+    chat.one("#delete button[value=delete]").click()
+    chat.until(lambda: "error" in served.get(f"/v1/sessions/{gone}"))
+    chat.until(lambda: chat.questions == [] and "about to go" not in chat.texts("#sessions .title"))
+    served.says("Hello.")
+    chat.ask("another")
+    assert chat.answers == ["Hello."]
+
+
 def test_an_address_that_is_no_longer_there(chat: Page, served: Served) -> None:
     chat.open("about:blank").open(f"{served.address}/#gone")
     chat.until(lambda: "not on the server any more" in chat.text("#notice"))

@@ -28,9 +28,10 @@ def test_what_a_file_names_is_there(path: Path) -> None:
     found = re.findall(r"""(?:src|href)="([^"$#]+)["#]|from "([^"]+)"|import\("([^"]+)"\)""", text)
     for name in filter(None, (name for names in found for name in names)):
         assert (PAGE / name).is_file(), name
-    drawn = set(re.findall(r'<symbol id="(\w+)"', (PAGE / "icons.svg").read_text()))
-    assert set(re.findall(r"icons\.svg#(\w+)", text)) <= drawn
-    assert set(re.findall(r"\bicon(?:Button)?\(\"(\w+)\"", text)) <= drawn
+    drawn = set(re.findall(r'<symbol id="icon-(\w+)"', (PAGE / "index.html").read_text(encoding="utf-8")))
+    assert len(drawn) > 10
+    asked = re.findall(r'href="#icon-(\w+)"|\bicon(?:Button)?\("(\w+)"', text)
+    assert {html or script for html, script in asked} <= drawn
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)

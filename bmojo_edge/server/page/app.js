@@ -25,8 +25,8 @@ const list = new SessionList(api, {
     if (renamed) renamed.title = title;
     draw();
   },
+  deleting: (id) => conversations.get(id)?.stop(),
   deleted: (id) => {
-    conversations.get(id)?.stop();
     conversations.delete(id);
     if (current.id === id) begin();
   },
@@ -46,18 +46,14 @@ let model = null;
 let current = made(newId());
 
 function made(id) {
-  const options = () => ({
-    model,
-    system: settings.system,
-    ...settings.sampling,
-    stream_options: { include_usage: true },
-  });
+  const options = async () => ({ model: await modelName(), system: settings.system, ...settings.sampling });
   return new Conversation(id, api, options, {
     change: draw,
     grown: (one) => one === current && memory.count(one),
     settled: (one) => {
       if (one === current) memory.follow(one);
       else if (one.last.state !== "failed") conversations.delete(one.id);
+      if (one.last.state === "failed") model = null; // perhaps it is another server now
       list.refresh().catch(failed);
     },
     forked: ({ id: forked }) => {
@@ -162,12 +158,20 @@ function drawerIsOpen() {
   return !$("sidebar").inert;
 }
 
+/** The name of the server's model, asked for where it is not known. */
+async function modelName() {
+  if (model === null) {
+    model = (await api.call("GET", "v1/models")).data[0].id;
+    $("model").textContent = model;
+  }
+  return model;
+}
+
 /** Everything that comes from the server, at first and after it was away. */
 async function start() {
   try {
-    const models = await api.call("GET", "v1/models");
-    model = models.data[0].id;
-    $("model").textContent = model;
+    model = null;
+    await modelName();
     await list.refresh();
     if (current.empty) await open();
   } catch (error) {

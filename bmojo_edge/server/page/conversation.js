@@ -5,7 +5,8 @@ import { announce, h } from "./dom.js";
 import { ApiError, Unreachable } from "./api.js";
 import { Turn } from "./turn.js";
 
-const PATIENCE = 10; // times a quarter of a second, while the server closes an answer that was stopped
+const PATIENCE = 10; // times a quarter of a second, while the server closes an answer
+const STOPPED = "Stopped.";
 
 export class Conversation {
   #api;
@@ -27,7 +28,10 @@ export class Conversation {
   /** Position and bytes after each answer since the page was opened. */
   history = [];
 
-  /** `options()`: model, system and sampling; `on`: change, settled, unreachable and forked. */
+  /**
+   * `options()` resolves to model, system and sampling. `on`: change, grown, settled (all of this conversation),
+   * forked(session), failed(error) and unreachable.
+   */
   constructor(id, api, options, on) {
     this.id = id;
     this.#api = api;
@@ -151,12 +155,13 @@ export class Conversation {
       const reason = await this.#stream(turn, place, aborter.signal);
       if (reason === "length") note = "The answer reached its limit of tokens.";
     } catch (error) {
-      if (error.name === "AbortError") note = "Stopped.";
+      if (error.name === "AbortError") note = STOPPED;
       else failure = error;
     }
-    const kept = await this.#settle(place, turn, note !== "" || failure !== null);
+    const kept = await this.#settle(place, turn, note, failure);
     if (kept) turn.end(failure ? `Cut off: ${failure.message}` : note);
-    else turn.fail(failure?.message ?? "Stopped before the server had read the question.");
+    else if (note === STOPPED) turn.fail("Stopped before there was an answer.");
+    else turn.fail(failure?.message ?? "The server has not kept this answer.");
     this.#aborter = null;
     this.said = 0;
     if (kept && this.#there !== this.turns) await this.load().catch((error) => this.#on.failed(error)); // used elsewhere
@@ -167,7 +172,7 @@ export class Conversation {
   }
 
   async #stream(turn, place, signal) {
-    const { model, system, ...sampling } = this.#options();
+    const { model, system, ...sampling } = await this.#options();
     const messages = [{ role: "user", content: turn.user }];
     if (!this.#saved && this.#system === null && system) this.#showSystem(system);
     if (place === 0 && this.#system) messages.unshift({ role: "system", content: this.#system });
@@ -214,12 +219,14 @@ export class Conversation {
   }
 
   /** Whether the server has a turn that has ended. Reads back an answer that was cut short. */
-  async #settle(place, turn, cut) {
-    for (let tries = 0; ; tries++) {
+  async #settle(place, turn, note, failure) {
+    const cut = note !== "" || failure !== null;
+    const refused = failure instanceof ApiError && failure.status !== null; // then there is nothing to wait for
+    for (let tries = refused ? PATIENCE : 0; ; tries++) {
       try {
         const session = await this.#api.call("GET", this.#path);
         const kept = session.turns > place;
-        if (!kept && cut && tries < PATIENCE) {
+        if (!kept && tries < PATIENCE) {
           await pause(250);
           continue;
         }

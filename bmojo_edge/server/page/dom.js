@@ -22,9 +22,9 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** One of the drawings in icons.svg. */
+/** One of the drawings in index.html. */
 export function icon(name) {
-  return svg("svg", { class: "icon", "aria-hidden": "true" }, svg("use", { href: `icons.svg#${name}` }));
+  return svg("svg", { class: "icon", "aria-hidden": "true" }, svg("use", { href: `#icon-${name}` }));
 }
 
 /** A button that shows an icon alone; `label` is its name for everybody who does not see it. */

@@ -11,7 +11,7 @@ export class SessionList {
   #renaming = null;
   #marks = { current: null, answering: new Set() };
 
-  /** `on`: failed(error), deleted(id), renamed(session). */
+  /** `on`: failed(error), deleting(id), deleted(id), renamed(session). */
   constructor(api, on) {
     this.#api = api;
     this.#on = on;
@@ -106,6 +106,7 @@ export class SessionList {
       "close",
       async () => {
         if (dialog.returnValue !== "delete") return;
+        this.#on.deleting(session.id);
         try {
           await this.#api.call("DELETE", `v1/sessions/${session.id}`);
         } catch (error) {

@@ -149,3 +149,19 @@ def test_the_panel_follows_the_conversation(chat: Page) -> None:
     chat.until(lambda: "nothing to remember yet" in chat.text("#memory"))
     chat.press(Keys.ESCAPE)
     chat.until(lambda: not chat.all("#memory:not([hidden])"))
+
+
+def test_where_looking_is_slow_the_page_asks_first(chat: Page, served: Served) -> None:
+    chat.click("#meter")
+    looked_at(chat)
+    served.says("The river runs.", pause=0.6)
+    chat.ask("More")
+    chat.until(lambda: chat.text("#position") == chat.text("#meter .tokens").split()[0])
+    looked_at(chat)
+    served.says("Hello.")
+    chat.ask("And more")
+    chat.until(lambda: "Looking took" in chat.text("#memory-found"))
+    assert not chat.all("#memory .layers")
+    chat.click("#memory-found button")
+    looked_at(chat)
+    assert told(served, chat)["position"] == int(chat.text("#position").replace(",", ""))

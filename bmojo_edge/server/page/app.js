@@ -80,7 +80,8 @@ function begin() {
 }
 
 function show(conversation) {
-  if (!current.answering && current.last?.state !== "failed") conversations.delete(current.id);
+  const done = !current.answering && current.last?.state !== "failed";
+  if (done && conversation !== current) conversations.delete(current.id);
   current = conversation;
   $("shown").replaceChildren(conversation.element);
   follower.toEnd();
@@ -137,9 +138,11 @@ function askKey(again) {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "key" ? input.value.trim() : null), {
-      once: true,
-    });
+    const closed = () => {
+      resolve(dialog.returnValue === "key" ? input.value.trim() : null);
+      composer.focus();
+    };
+    dialog.addEventListener("close", closed, { once: true });
   });
 }
 
@@ -172,7 +175,7 @@ async function start() {
   try {
     model = null;
     await modelName();
-    await list.refresh();
+    await catchUp();
     if (current.empty) await open();
   } catch (error) {
     failed(error);

@@ -22,7 +22,10 @@ export class Composer {
   }
 
   focus() {
-    if (!matchMedia("(pointer: coarse)").matches) this.#area.focus(); // it would bring up a phone's keyboard
+    if (matchMedia("(pointer: coarse)").matches) return; // it would bring up a phone's keyboard
+    this.#area.focus();
+    const end = this.#area.value.length;
+    this.#area.setSelectionRange(end, end); // a dialog that was closed by a click gives the focus back, but no caret
   }
 
   /** While an answer runs the button stops it. */

@@ -154,7 +154,7 @@ def test_the_panel_follows_the_conversation(chat: Page) -> None:
 def test_where_looking_is_slow_the_page_asks_first(chat: Page, served: Served) -> None:
     chat.click("#meter")
     looked_at(chat)
-    served.says("The river runs.", pause=0.6)
+    served.says("The river runs to the sea, and the sea is wide.", pause=0.5)
     chat.ask("More")
     chat.until(lambda: chat.text("#position") == chat.text("#meter .tokens").split()[0])
     looked_at(chat)

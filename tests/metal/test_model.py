@@ -80,6 +80,15 @@ def test_models_equal_the_oracle(name: str, bodies: set[str]) -> None:
     assert bodies >= (BODIES if name != "mamba" else MAMBA)
 
 
+def test_what_is_written_into_exports_equals_the_oracle(bodies: set[str]) -> None:
+    """Kernels without their gradients, all inputs contiguous."""
+    config = GRID["all"]
+    weights = random_weights(config)
+    with bmojo_metal.launch.exported():
+        check(config, weights, load_weights(Model(config), weights), BOUND, Run(mode="fast"))
+    assert bodies >= BODIES
+
+
 def test_a_model_passes_the_checker() -> None:
     config = GRID["all"]
     weights = random_weights(config)

@@ -54,8 +54,9 @@ def row(task: str, examples: Sequence[Example], ours: list[list[Score]], theirs:
     for who, scores in (("bmojo-edge", ours), ("transformers", theirs)):
         metrics = evaluation.result_of(examples, scores).metrics
         found[who] = {name: m.value if name == "perplexity" else 100 * m.value for name, m in metrics.items()}
-    if isinstance(examples[0], Choices):
-        picked = [[evaluation.chosen(e, s) for e, s in zip(examples, x, strict=True)] for x in (ours, theirs)]
+    questions = [example for example in examples if isinstance(example, Choices)]
+    if questions:
+        picked = [[evaluation.chosen(e, s) for e, s in zip(questions, x, strict=True)] for x in (ours, theirs)]
         found["alike"] = {name: sum(a[name] == b[name] for a, b in zip(*picked, strict=True)) for name in picked[0][0]}
     else:
         found["alike"] = {"acc": sum(a[0].greedy == b[0].greedy for a, b in zip(ours, theirs, strict=True))}

@@ -78,9 +78,9 @@ class EngineModel(Model):
         b = len(run.start)
         fresh = self.init_state(b)
         layers = tuple(
-            _restored(layer_spec(self.config, i, b), iter(c.cache[1:]))
-            if isinstance(c, ArraysCache) and not c.empty()
-            else old
+            old
+            if i in self.config.growing_layers or c.empty()
+            else _restored(layer_spec(self.config, i, b), iter(c.cache[1:]))
             for i, (old, c) in enumerate(zip(fresh.layers, cache, strict=True))
         )
         return State(layers, mx.array(run.start), fresh.offset)

@@ -103,10 +103,9 @@ class Layout:
         return (mx.array(np.clip(column, 0, self.t - 1)), as_mask(written)) if written.any() else None
 
     def leavers(self, m: int, chunk: int, window: int) -> tuple[Any, mx.array]:
-        """Positions (b, n) of the first columns of m carried and the call's tokens, and the same with -1 for those
-        that cannot compete for the sets of the call's chunks.
+        """Positions (b, n) of the first of m carried and the call's tokens, and the same with -1 where none competes.
 
-        A chunk's set takes tokens that leave the window before the chunk ends: none later than these columns.
+        A chunk's set takes tokens that leave the window before the chunk ends: none later than these.
         """
         n = max(0, min(m + self.t, m + self.t - 1 - window + chunk))
         columns = self.start[:, None] - m + np.arange(n)

@@ -182,6 +182,11 @@ def test_generation_from_an_export(exported: Any) -> None:
     assert answers[0]["text"] == answers[1]["text"] != ""
 
 
+def test_an_export_is_not_served(exported: Any) -> None:
+    done = CliRunner().invoke(app, ["serve", str(exported("4 bit")[1])])
+    assert done.exit_code == 2 and "an export runs one sequence at a time" in " ".join(done.output.split())
+
+
 def test_models_without_eidetic_memory_have_no_commit(exported: Any) -> None:
     assert set(MlxfnModel.load(exported("windows of 5")[1]).manifest["functions"]) == {"decode", "prefill"}
 

@@ -43,7 +43,14 @@ public actor Conversation {
 
     private func write(_ message: String, _ maxTokens: Int, _ say: @Sendable (String) -> Void) throws {
         turns.append(Turn(role: "user", text: message))
-        var logits = try read(tokenizer.applyChatTemplate(messages: turns.map { ["role": $0.role, "content": $0.text] }))
+        var logits: MLXArray
+        do {
+            let messages: [Message] = turns.map { ["role": $0.role, "content": $0.text] }
+            logits = try read(tokenizer.applyChatTemplate(messages: messages))
+        } catch {
+            turns.removeLast()  // nothing was said
+            throw error
+        }
         var written: [Int] = []
         var text = ""
         defer { turns.append(Turn(role: "assistant", text: text)) }

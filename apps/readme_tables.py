@@ -18,6 +18,7 @@ DECODE = ROOT / "apps/bench/results/decode.json"
 SESSION = ROOT / "apps/bench/results/session.json"
 SERVE = ROOT / "apps/bench/results/serve.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
+PEER = ROOT / "apps/eval/results/peer.json"
 TRAIN = ROOT / "apps/bench/results/train.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
 
@@ -199,10 +200,36 @@ def serve() -> str:
     )
 
 
+def peer() -> str:
+    """What a converted model and transformers score on the same examples, and how often they answer alike."""
+    found = _read(PEER)
+
+    def scores(metrics: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+
+    body = [
+        [
+            f"{row['task']}, {row['examples']}",
+            scores(row["bmojo-edge"]),
+            scores(row["transformers"]),
+            ", ".join(map(str, row["alike"].values())),
+            f"{row['largest_difference_nats']:.1e}",
+        ]
+        for row in found["rows"]
+    ]
+    engines = " and ".join(dict.fromkeys({"mlx": "MLX", "torch": "PyTorch"}[row["engine"]] for row in found["rows"]))
+    header = ["task, examples", "bmojo-edge", "transformers", "answered alike", "log-likelihoods apart, nats, at most"]
+    return (
+        f"{_rows(header, body)}\n\n{found['rows'][0]['model']}, float32, on {engines}, {found['machine']}, "
+        f"transformers {found['versions']['transformers']}, commit {found['commit']}."
+    )
+
+
 TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
     "docs/server.md": {"serve": serve},
+    "docs/evaluation.md": {"peer": peer},
     "docs/sessions.md": {"session": session},
     "docs/training.md": {"train": train},
 }

@@ -110,6 +110,34 @@ def coreml(
     _report(out, json)
 
 
+@app.command("mlxfn")
+@clear_errors
+def mlxfn(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an mlxfn export of ours.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Export to MLX functions for Swift and C++: one .mlxfn file with the weights, a manifest and the tokenizer.
+
+    They run on the kind of device they are made on: for Apple's GPUs, iPhones' too, export on a Mac. The functions are
+    run and compared with the model before the folder appears. Layers whose cache grows are refused.
+
+    [bold]Examples[/]
+
+    bmojo-edge export mlxfn smollm2-w1024 --out smollm2-mlxfn
+
+    bmojo-edge generate --model smollm2-mlxfn --chat --prompt "What is the capital of France?"
+    """
+    from bmojo_convert.to_mlxfn import to_mlxfn
+
+    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
+    with progress_bar() as progress:
+        to_mlxfn(model, out, overwrite=overwrite, progress=progress)
+    _report(out, json)
+
+
 def _report(out: Path, json: bool) -> None:
     """What was written: a line a file, or one JSON object."""
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}

@@ -79,13 +79,13 @@ def serve(
     import uvicorn
 
     from bmojo_convert.default import home
-    from bmojo_edge.onnx_runner import OnnxModel
+    from bmojo_edge.onnx_runner import MANIFEST
     from bmojo_edge.server import static
     from bmojo_edge.server.app import Limits, build
 
+    if model is not None and (Path(model) / MANIFEST).is_file():
+        raise typer.BadParameter("MODEL: an export runs one sequence at a time; serve the folder it was made from")
     lm = open_model(model)
-    if isinstance(lm, OnnxModel):
-        raise typer.BadParameter("MODEL: an ONNX export runs one sequence at a time; serve the folder it was made from")
     slot = lm.config.state_bytes()
     slots = max_sessions or state_mib * 2**20 // slot
     if slots == 0:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmojo_convert.export_folder import check_exportable
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale, turns_per_token
 from bmojo_edge.state import Leaf, MambaState, leaves, map_leaves, state_spec
@@ -34,20 +35,6 @@ from bmojo_edge.torch.ops import Rotary, rotate
 EMPTY = 30_000.0  # `admitted` of an empty slot: more than any offset, exact in half precision
 HIDDEN = -30_000.0  # the score of what may not be seen: finite, and exp of it is 0 in half precision too
 State = dict[str, Tensor]  # leaves by dotted name
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported; the message says which of its layers or fields is in the way."""
-
-
-def check_exportable(config: Config) -> None:
-    """Raise ExportError where a layer's state grows, naming the layers."""
-    if config.growing_layers:
-        names, more = ", ".join(map(str, config.growing_layers)), "s" * (len(config.growing_layers) > 1)
-        raise ExportError(
-            f"layer{more} {names}: full attention has a cache that grows with the text, so there is no step of fixed "
-            "shape; convert the model with a window first: bmojo-edge convert SOURCE --window 1024 --out DIR"
-        )
 
 
 class StateLeaf(NamedTuple):

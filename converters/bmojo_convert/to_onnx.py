@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from bmojo_convert.exporting import Target, exported_folder, open_exportable, record
-from bmojo_convert.step import Commit, Decode, ExportError, Graph, Prefill, position_cycle, state_leaves
+from bmojo_convert.export_folder import ExportError, Target, exported_folder
+from bmojo_convert.exporting import open_exportable, record
+from bmojo_convert.step import Commit, Decode, Graph, Prefill, position_cycle, state_leaves
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.tensors import write_text
 from bmojo_edge.torch import Model

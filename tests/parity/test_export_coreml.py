@@ -18,7 +18,8 @@ except ModuleNotFoundError as error:
     absent("Core ML exports", f"{error.name} is not installed", expected=False)
 
 from bmojo_convert import to_coreml as exporter
-from bmojo_convert.step import ExportError, angles
+from bmojo_convert.export_folder import ExportError
+from bmojo_convert.step import angles
 from bmojo_convert.to_coreml import to_coreml
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.cli import app

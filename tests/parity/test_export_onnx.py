@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
     absent("ONNX exports", f"{error.name} is not installed")
 
 from bmojo_convert import to_onnx as exporter
-from bmojo_convert.step import ExportError
+from bmojo_convert.export_folder import ExportError
 from bmojo_convert.to_onnx import to_onnx
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.checkpoint import CheckpointError

@@ -7,13 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from bmojo_convert.export_folder import ExportError, check_exportable  # noqa: E402
 from bmojo_convert.step import (  # noqa: E402
     Commit,
     Decode,
-    ExportError,
     Prefill,
     angles,
-    check_exportable,
     fresh_state,
     position_cycle,
 )

@@ -134,7 +134,7 @@ def draw_kept(found: Found, out: Path) -> None:
         axis.axvline(start - 0.5, color="0.8", linewidth=1)
         axis.set(ylabel=f"layer {layer}\ntest row", yticks=range(len(examples)), xlim=(-1, columns[-1] + 1))
         axis.invert_yaxis()
-    axes[0][0].legend(fontsize=7, ncols=3, loc="upper right")
+    axes[0][0].legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     axes[-1][0].set(xlabel="position of a token that the eidetic memory holds after the row")
     figure.savefig(out, dpi=140)
     plt.close(figure)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
+import resource
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +54,9 @@ def onnx(
         Weights, typer.Option(help="int8 and int4: matrices in blocks of 32 with a scale each, the embedding as int8.")
     ] = Weights.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes, peak memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Export to ONNX: graphs for one token, for a chunk and for the eidetic choice, a manifest and the tokenizer.
@@ -89,7 +93,9 @@ def coreml(
         ),
     ] = HalfWeights.float16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes, peak memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Export to Core ML: one package for iOS 18 and macOS 15 with half-precision states, a manifest and the tokenizer.
@@ -111,10 +117,12 @@ def coreml(
 
 
 def _report(out: Path, json: bool) -> None:
-    """What was written: a line a file, or one JSON object."""
+    """What was written, a line a file, and the most memory it took; or one JSON object."""
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if json:
-        print(json_format.dumps({"path": str(out), "files": files}))
+        print(json_format.dumps({"path": str(out), "files": files, "peak_memory": peak}))
         return
     for name, count in files.items():
         console.print(f"  {name:24} {size(count)}")
+    console.print(f"Peak memory: {size(peak)}")

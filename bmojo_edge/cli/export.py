@@ -55,7 +55,7 @@ def onnx(
     ] = Weights.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes, peak memory.")
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, peak memory.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -94,7 +94,7 @@ def coreml(
     ] = HalfWeights.float16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes, peak memory.")
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, peak memory.")
     ] = False,
     debug: Debug = False,
 ) -> None:

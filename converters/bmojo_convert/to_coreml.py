@@ -187,15 +187,20 @@ class Stateful(nn.Module):
         for name in self.states:
             buffer = self.get_buffer(feature(name))
             if name in new:
-                buffer[:] = F.pad(new[name], (0, buffer.shape[-1] - new[name].shape[-1]))
+                missing = buffer.shape[-1] - self.leaves[name].shape[-1]
+                buffer[:] = F.pad(new[name], (0, missing)) if missing else new[name]
             elif name not in self.step.names:  # a state that a function does not use cannot be converted
                 buffer[:] = buffer + 0
         return (*results[:first], *(new[name] for name in self.wide))
 
     def _held(self, name: str) -> Tensor:
-        """A state without its padding; by split, as the converter takes slices of a buffer for places to write to."""
+        """A state without its padding; by split, as the converter takes slices of a buffer for places to write to.
+
+        It is never the buffer itself: the trace would mistake it for one of the graph's values and write nothing.
+        """
         buffer, n = self.get_buffer(feature(name)), self.leaves[name].shape[-1]
-        return buffer.split([n, buffer.shape[-1] - n], dim=-1)[0] if n < buffer.shape[-1] else buffer
+        missing = buffer.shape[-1] - n
+        return buffer.split([n, missing], dim=-1)[0] if missing else buffer * 1
 
 
 def multiplies_states(config: Config) -> bool:
@@ -225,7 +230,7 @@ def convert(graph: Graph, weights: str) -> Any:
     half = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type in halved)
     try:
         with torch.no_grad():
-            return ct.convert(
+            model = ct.convert(
                 torch.jit.trace(module, given, check_trace=False),
                 inputs=[described(name) for name in module.inputs],
                 outputs=[
@@ -239,6 +244,18 @@ def convert(graph: Graph, weights: str) -> Any:
             )
     except NotImplementedError as error:
         raise ExportError(f"Core ML has no form for an operation of this model: {error}") from error
+    _check_writes(model, module)
+    return model
+
+
+def _check_writes(model: Any, module: Stateful) -> None:
+    """Raise ExportError where a state that has to change is not written: the converter drops writes without a word."""
+    function = model.get_spec().mlProgram.functions["main"]
+    operations = function.block_specializations[function.opset].operations
+    written = {op.inputs["input"].arguments[0].name for op in operations if op.type == "write_state"}
+    lost = [name for name in module.states if name in module.changed and feature(name) not in written]
+    if lost:
+        raise ExportError(f"{', '.join(lost)}: coremltools lost the writes to these states; please report it")
 
 
 def _compressed(model: Any, weights: str) -> Any:

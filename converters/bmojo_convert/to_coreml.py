@@ -205,14 +205,13 @@ class Stateful(nn.Module):
 
 def multiplies_states(config: Config) -> bool:
     """Whether products of matrices are part of a recurrence; elsewhere they are attention's alone."""
-    ssms = (config.ssm_of(i) for i in range(config.n_layers))
+    ssms = (config.ssm_of(i) for i in range(len(config.layer_types)))
     return any(ssm is not None and ssm.kind != "mamba" for ssm in ssms)
 
 
 def convert(graph: Graph, weights: str) -> Any:
     """A graph as a Core ML model of one function, its matrices in float16 or, if `weights` says so, float32."""
-    import coremltools as ct  # pyright: ignore[reportMissingImports]
-
+    ct: Any = import_module("coremltools")
     module = Stateful(graph).eval()
     examples = graph.examples(1)
     given = tuple(examples[name] for name in module.inputs)
@@ -277,8 +276,7 @@ def _compressed(model: Any, weights: str) -> Any:
 
 def _join(parts: Path, functions: list[str], target: Path) -> None:
     """One package of several, weights that are equal stored once."""
-    import coremltools as ct  # pyright: ignore[reportMissingImports]
-
+    ct: Any = import_module("coremltools")
     whole = ct.utils.MultiFunctionDescriptor()
     for name in functions:
         whole.add_function(str(parts / f"{name}.mlpackage"), src_function_name="main", target_function_name=name)

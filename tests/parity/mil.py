@@ -32,7 +32,7 @@ class Package:
         model = ct.models.MLModel(str(path), skip_model_load=True)
         spec = model.get_spec()
         self.spec = spec
-        self.functions = load(spec, spec.specificationVersion, model.weights_dir).functions
+        self.functions = load(spec, spec.specificationVersion, model.weights_dir or "").functions
         self._nptype, self.rounded = nptype_from_builtin, states == "float16"
         self._constants: dict[int, Array] = {}
 

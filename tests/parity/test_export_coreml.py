@@ -28,7 +28,7 @@ from bmojo_convert.step import ExportError
 from bmojo_convert.to_coreml import to_coreml
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.cli import app
-from bmojo_edge.config import Config
+from bmojo_edge.config import SSM, Config
 from tests.helpers import assert_close, odd, random_tokens, random_weights, rms_ratio
 from tests.mixers import SSMS
 from tests.parity.mil import Package, functions
@@ -196,7 +196,7 @@ def test_mixers_in_half_precision(kind: str, tmp_path: Path) -> None:
 WIDE = Config(  # SmolLM2's widths and heads; its vocabulary cut, memories short enough that 340 tokens cross them all
     layer_types=("bmojo", "bmojo", "attention", "mamba"), vocab_size=512, d_model=576, n_heads=9, n_kv_heads=3,
     head_dim=64, d_ff=1536, window=64, n_fading=32, n_eidetic=16, n_sinks=4, chunk=16, attention_window=48,
-    ssm={"kind": "mamba"}, rope_theta=1e5, tie_embeddings=True,
+    ssm=SSM(), rope_theta=1e5, tie_embeddings=True,
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ final class Driver {
         let found = try call(tokens.count == 1 ? "decode" : "prefill", tokens)
         for name in wide.keys { wide[name] = try output(found, "new_" + name) }
         position += tokens.count
-        return MLShapedArray<Float>(try output(found, "logits")).scalars
+        return MLShapedArray<Float>(converting: try output(found, "logits")).scalars
     }
 }
 

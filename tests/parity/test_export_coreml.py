@@ -24,11 +24,12 @@ except ModuleNotFoundError as error:
 
 from apps.coreml import selftest
 from bmojo_convert import to_coreml as exporter
-from bmojo_convert.step import ExportError
+from bmojo_convert.step import Decode, ExportError
 from bmojo_convert.to_coreml import to_coreml
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.cli import app
 from bmojo_edge.config import SSM, Config
+from bmojo_edge.torch import Model
 from tests.helpers import assert_close, odd, random_tokens, random_weights, rms_ratio
 from tests.mixers import SSMS
 from tests.parity.mil import Package, functions
@@ -248,13 +249,23 @@ def test_full_attention_is_refused_by_layer(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = packages("mamba", "float32").with_name("model")
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "model.mlpackage")
+    class Half:
+        def save(self, path: str) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", path)
 
-    monkeypatch.setattr(exporter, "_join", full)
+    monkeypatch.setattr(exporter, "convert", lambda graph, weights: Half())
     with pytest.raises(OSError, match="No space left"):
         to_coreml(source, tmp_path / "out", weights="float32")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lost_write_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handing the graph a buffer itself makes the converter drop the writes to it; no such package is made."""
+    model = Model(MODELS["mamba"]).eval().requires_grad_(False)
+    monkeypatch.setattr(exporter.Stateful, "_held", lambda self, name: self.get_buffer(exporter.feature(name)))
+    with pytest.raises(ExportError, match=r"layers\.0\.conv: coremltools lost the writes"):
+        exporter.convert(Decode(model), "float32")
 
 
 @pytest.mark.slow

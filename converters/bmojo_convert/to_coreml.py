@@ -107,6 +107,12 @@ def _told(progress: Progress | None, stage: str) -> Iterator[None]:
             setattr(module, attribute, loop)
         with _quiet():
             yield
+    except (
+        RuntimeError
+    ) as error:  # coremltools' writer knows no better, and writes to the folder for temporary files first
+        if "FileWriter" not in str(error):
+            raise
+        raise OSError(f"{tempfile.gettempdir()}: a file could not be written; is the disk full? ({error})") from error
     finally:
         for (module, attribute), bar in zip(modules, bars, strict=True):
             setattr(module, attribute, bar)

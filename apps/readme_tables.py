@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
 SESSION = ROOT / "apps/bench/results/session.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
+TRAIN = ROOT / "apps/bench/results/train.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
 
 
@@ -107,6 +108,28 @@ def layers() -> str:
     return f"{_rows(header, body)}\n\n{_where(found)}"
 
 
+def train() -> str:
+    """Training speed of a 130M model of each kind, on one GPU and on two."""
+    found = _read(TRAIN)
+    cell = {(row["model"], row["seq_len"], row["gpus"]): row for row in found["rows"]}
+
+    def against(row: dict[str, Any], other: tuple[str, int, int]) -> str:
+        return f"{row['tokens_per_s'] / cell[other]['tokens_per_s']:.2f}x" if other in cell else ""
+
+    body = [
+        [
+            f"{length:,}", str(gpus), model, f"{row['params'] / 1e6:.0f} M", f"{row['tokens_per_s']:,.0f}",
+            f"{100 * row['mfu']:.0f}%", f"{row['peak_bytes'] / 2**30:.0f} GiB",
+            *(against(row, (name, length, gpus)) for name in ("transformer", "mamba")),
+            against(row, (model, length, 1)) if gpus > 1 else "",
+        ]
+        for (model, length, gpus), row in cell.items()
+    ]  # fmt: skip
+    header = ["length", "GPUs", "model", "parameters", "tokens/s", "utilisation", "memory of a GPU"]
+    header += ["against Transformer", "against Mamba", "against one GPU"]
+    return f"{_rows(header, body)}\n\n{_where({'gpu': found['rows'][0]['device'], **found})}"
+
+
 def _where(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "python")
     return f"{found['gpu']}; {versions}; commit {found['commit']}."
@@ -142,6 +165,7 @@ TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
     "docs/sessions.md": {"session": session},
+    "docs/training.md": {"train": train},
 }
 
 

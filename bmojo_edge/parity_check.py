@@ -179,7 +179,8 @@ def _compare(
     errors: dict[tuple[str, str], Error] = {}
     for name, ref in record.values.items():
         way, _, what = name.split(".", 2)
-        errors.setdefault((way, what), Error()).add(seen.values[name], ref)
+        pair = seen.values[name], ref
+        errors.setdefault((way, what), Error()).add(*(map(_roots, pair) if what.endswith(".scores") else pair))
     logits, position = 0.0, True
     for (_, what), error in errors.items():
         where = re.match(r"layers\.(\d+)\.([A-Za-z]+)", what)
@@ -194,7 +195,7 @@ def _compare(
         own, ref = seen.scores[layer.index], record.scores[layer.index]
         if own.any() or ref.any():
             error = Error()
-            error.add(own, ref)
+            error.add(_roots(own), _roots(ref))
             layer.note("innovation", error.ratio)
     allowed = tie(config.dtype)
     swapped, problems = wrong_sets(config, record.sets, record.scores, seen.scores, allowed)
@@ -206,6 +207,11 @@ def _compare(
         layer.swapped = swapped[layer.index]
         layer.wrong_sets += [p for p in problems if p.startswith(f"layer {layer.index},")]
     return Comparison(record, engine.description, config.dtype, bound, layers, logits, position, record.sets.shape[1])
+
+
+def _roots(scores: np.ndarray) -> np.ndarray:
+    """Innovations are squares: their roots carry the rounding of the signal as other numbers do, not twice over."""
+    return np.sqrt(scores)
 
 
 def _memory(kind: str, leaf: str) -> str:

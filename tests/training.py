@@ -80,9 +80,12 @@ def _train(config: TrainConfig, resume: bool, environment: dict[str, str]) -> No
 
 
 def start(config: TrainConfig, resume: bool = False, processes: int = 1) -> list[BaseProcess]:
-    """Processes that train; they come from a server that has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bmojo_edge.torch.train"])
+    """Processes that train; on the CPU they come from a server that has imported torch already."""
+    if config.system.device == "cuda":  # which a forked process may not use
+        context: Any = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bmojo_edge.torch.train"])
     environment = {"WORLD_SIZE": "1"}
     if processes > 1:
         with socket.socket() as free:

@@ -124,7 +124,7 @@ class Run:
         size = self.recipe.batch
         rows = self.order[self.batch * size + torch.arange(size, device=self.device)]
         columns = self.columns[rows]
-        hidden, _ = self.model.hidden(self.tokens[rows])
+        hidden = self.model.activations(self.tokens[rows])  # a growing cache would be counted on the host
         asked = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
         answers = self.targets[rows].gather(1, columns)
         loss = F.cross_entropy(self.model.head(asked).flatten(0, 1).float(), answers.flatten())
@@ -178,7 +178,7 @@ class Run:
         right = asked = 0
         for i in range(0, len(tokens), self.recipe.batch):
             rows = slice(i, i + self.recipe.batch)
-            hidden, _ = self.model.hidden(tokens[rows])
+            hidden = self.model.activations(tokens[rows])
             at = columns[rows]
             guess = self.model.head(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))).argmax(-1)
             truth = targets[rows]

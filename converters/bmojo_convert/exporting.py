@@ -63,9 +63,9 @@ def record(folder: Path, lm: Model) -> None:
     config = lm.config
     length = 2 * config.chunk_size + config.window + 3  # past the first chunks, and, with room, past the window
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length)
-    logits, _ = lm(torch.from_numpy(tokens)[None])
     # The first chunk is to be read token by token, others at once: nothing inside them is kept.
     ends = np.arange(config.chunk_size, length + 1, config.chunk_size) - 1
     positions = np.unique([0, *ends[:2], *ends[-2:], length - 2, length - 1])
-    found = {"tokens": tokens.astype(np.int32), "positions": positions, "logits": logits[0, positions].numpy()}
+    logits = lm.head(lm.hidden(torch.from_numpy(tokens)[None])[0][0, positions])
+    found = {"tokens": tokens.astype(np.int32), "positions": positions, "logits": logits.numpy()}
     save_file(found, folder / SELF_TEST)

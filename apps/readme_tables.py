@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
 EXPORT = ROOT / "apps/bench/results/export.json"
 SESSION = ROOT / "apps/bench/results/session.json"
+SERVE = ROOT / "apps/bench/results/serve.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
 TRAIN = ROOT / "apps/bench/results/train.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
@@ -190,10 +191,48 @@ def export() -> str:
     )
 
 
+def serve() -> str:
+    """Tokens a second by the number of clients, and the time to the first token of a short and a long conversation."""
+    found = _read(SERVE)
+    rates = [row for row in found["rows"] if row["kind"] == "throughput"]
+    one = rates[0]
+    rate = [
+        [
+            str(row["clients"]),
+            f"{row['tok_s']:.1f}",
+            f"{row['tok_s'] / one['tok_s']:.2f}x",
+            f"{row['step_ms']:.1f}",
+            f"{row['model_tok_s']:.1f}",
+            f"{row['model_tok_s'] / one['model_tok_s']:.2f}x",
+        ]
+        for row in rates
+    ]
+    firsts = [row for row in found["rows"] if row["kind"] == "first token"]
+    short = {row["from"]: row for row in sorted(firsts, key=lambda row: -row["turn"])}
+    first = [
+        [
+            str(row["turn"]),
+            row["from"],
+            f"{row['position']:,}",
+            str(row["read"]),
+            f"{row['first_token_ms']:.1f}",
+            f"{row['first_token_ms'] / short[row['from']]['first_token_ms']:.2f}x",
+        ]
+        for row in sorted(firsts, key=lambda row: (row["from"], row["turn"]))
+    ]
+    rate_header = ["clients", "tokens/s", "against one", "step of the model alone, ms", "tokens/s of it", "against one"]
+    first_header = ["turn", "state from", "position", "tokens read", "first token, ms", "against the short one"]
+    return (
+        f"{_rows(rate_header, rate)}\n\n{_rows(first_header, first)}\n\n{found['model']}, {found['dtype']}, "
+        f"{found['machine']}, MLX {found['versions']['mlx']} on the CPU with {found['blas']}, commit {found['commit']}."
+    )
+
+
 TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
     "docs/export.md": {"export": export},
+    "docs/server.md": {"serve": serve},
     "docs/sessions.md": {"session": session},
     "docs/training.md": {"train": train},
 }

@@ -43,11 +43,6 @@ class Projected(NamedTuple):
     v_fading: mx.array | None  # (b, g, t, p)
 
 
-def pinned_query(config: Config, q: mx.array) -> mx.array:
-    """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
-    return rotate(q, pinned_rotary(config))
-
-
 # --- a call of many tokens --------------------------------------------------------------------------------------------
 
 
@@ -173,9 +168,9 @@ def read_memories(
             if s:
                 every = mx.broadcast_to(mx.arange(s, dtype=index.dtype), (*index.shape[:2], s))
                 index = mx.concatenate([every, index], axis=-1)
-        pinned = Pinned(pinned_query(config, x.q), pool.k, pool.v, pool.position, index, near=w)
+        pinned = Pinned(rotate(x.q, pinned_rotary(config)), pool.k, pool.v, pool.position, index, near=w)
     if state.recalled:  # () without storage
-        q = pinned_query(config, x.q) if pinned is None else pinned.q
+        q = rotate(x.q, pinned_rotary(config)) if pinned is None else pinned.q
         pinned = with_recalled(config, pinned, q, state.recalled, sets)
     o = memory_attention(bands, pinned, layout.queries, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
@@ -223,7 +218,7 @@ def step_memories(
         if scores is not None:
             memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, w, eidetic.positions)
     if state.recalled:
-        q, kept = pinned_query(config, x.q), None if scores is None else eidetic.positions
+        q, kept = rotate(x.q, pinned_rotary(config)), None if scores is None else eidetic.positions
         memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
+EXPORT = ROOT / "apps/bench/results/export.json"
 SESSION = ROOT / "apps/bench/results/session.json"
 SERVE = ROOT / "apps/bench/results/serve.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
@@ -163,6 +164,34 @@ def session() -> str:
     )
 
 
+def export() -> str:
+    """ONNX exports beside MLX and PyTorch."""
+    found = _read(EXPORT)
+    mlx = next(row for row in found["rows"] if row["engine"] == "MLX")
+    body = []
+    for row in found["rows"]:
+        cells = [f"{row['engine']}, {row['weights']}", f"{row['prefill_tok_s']:.0f}", f"{row['decode_tok_s']:.1f}"]
+        cells += [f"{row['decode_tok_s'] / mlx['decode_tok_s']:.2f}x", f"{row['peak_bytes'] / 2**30:.1f} GiB"]
+        if "kl_mean" in row:
+            cells += [f"{row['kl_mean']:.1e}, {row['kl_max']:.1e}", f"{100 * row['same_likeliest']:.1f}%"]
+            cells += [f"{row['file_bytes'] / 1e6:.0f} MB"]
+            cells += [f"{row['export_seconds']:.0f} s, {row['export_peak_bytes'] / 2**30:.1f} GiB"]
+        body.append(cells + [""] * (9 - len(cells)))
+    header = [
+        "engine, weights", "prefill tok/s", "decode tok/s", "decode against MLX", "memory", "KL: mean, most",
+        "same likeliest token", "files", "export: time, memory",
+    ]  # fmt: skip
+    compared = next(row["positions"] for row in found["rows"] if "kl_mean" in row)
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("mlx", "torch", "onnxruntime"))
+    threads = (
+        f"{found['threads']} thread{'s' * (found['threads'] > 1)} each" if found["threads"] else "threads as each likes"
+    )
+    return (
+        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}; {found['machine']}, "
+        f"{found['note']}; {versions}, commit {found['commit']}."
+    )
+
+
 def serve() -> str:
     """Tokens a second by the number of clients, and the time to the first token of a short and a long conversation."""
     found = _read(SERVE)
@@ -228,6 +257,7 @@ def peer() -> str:
 TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
+    "docs/export.md": {"export": export},
     "docs/server.md": {"serve": serve},
     "docs/evaluation.md": {"peer": peer},
     "docs/sessions.md": {"session": session},

@@ -106,7 +106,14 @@ def chat(
 def _model(model: str | None, memory: Path | None) -> Iterator[LM]:
     """The model, with a store beside it where one is named; a store that is not there is made."""
     if memory is None:
-        yield open_model(model)
+        lm = open_model(model)
+        from bmojo_edge.onnx_runner import OnnxModel
+
+        if isinstance(lm, OnnxModel):
+            raise typer.BadParameter(
+                "MODEL: an ONNX export answers one prompt: bmojo-edge generate --model DIR --chat --prompt TEXT"
+            )
+        yield lm
         return
     from bmojo_edge.cli.memory import opened
 

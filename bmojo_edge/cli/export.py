@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
+import re
+import resource
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +55,9 @@ def onnx(
         Weights, typer.Option(help="int8 and int4: matrices in blocks of 32 with a scale each, the embedding as int8.")
     ] = Weights.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Export to ONNX: graphs for one token, for a chunk and for the eidetic choice, a manifest and the tokenizer.
@@ -69,11 +74,12 @@ def onnx(
     """
     from bmojo_convert.to_onnx import to_onnx
 
+    begun = time.perf_counter()
     console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
     quantize = None if weights is Weights.float32 else weights.value
     with progress_bar() as progress:
         to_onnx(model, out, quantize=quantize, overwrite=overwrite, progress=progress)
-    _report(out, json)
+    _report(out, json, begun)
 
 
 @app.command("coreml")
@@ -89,7 +95,9 @@ def coreml(
         ),
     ] = HalfWeights.float16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Export to Core ML: one package for iOS 18 and macOS 15 with half-precision states, a manifest and the tokenizer.
@@ -104,10 +112,11 @@ def coreml(
     """
     from bmojo_convert.to_coreml import to_coreml
 
+    begun = time.perf_counter()
     console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
     with progress_bar() as progress:
         to_coreml(model, out, weights=weights.value, overwrite=overwrite, progress=progress)
-    _report(out, json)
+    _report(out, json, begun)
 
 
 @app.command("mlxfn")
@@ -132,17 +141,29 @@ def mlxfn(
     """
     from bmojo_convert.to_mlxfn import to_mlxfn
 
+    begun = time.perf_counter()
     console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
     with progress_bar() as progress:
         to_mlxfn(model, out, overwrite=overwrite, progress=progress)
-    _report(out, json)
+    _report(out, json, begun)
 
 
-def _report(out: Path, json: bool) -> None:
-    """What was written: a line a file, or one JSON object."""
+def _report(out: Path, json: bool, begun: float) -> None:
+    """What was written and what it took: a line a file, or one JSON object."""
+    seconds, peak = time.perf_counter() - begun, _peak_memory()
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     if json:
-        print(json_format.dumps({"path": str(out), "files": files}))
+        print(json_format.dumps({"path": str(out), "files": files, "seconds": seconds, "peak_memory": peak}))
         return
     for name, count in files.items():
         console.print(f"  {name:24} {size(count)}")
+    console.print(f"[dim]{size(sum(files.values()))} in {seconds:.0f} s. Peak memory: {size(peak)}[/]")
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii")) if status.exists() else None
+    if found is not None:  # Linux's ru_maxrss starts at that of the process which started this one
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

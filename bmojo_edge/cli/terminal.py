@@ -24,6 +24,7 @@ _STAGES = {
     "decode": "Exporting the step of a token",
     "prefill": "Exporting the step of a chunk",
     "commit": "Exporting the eidetic choice",
+    "package": "Joining the functions",
     "check": "Running what was exported",
 }
 

@@ -15,7 +15,6 @@ from bmojo_edge.config import Config
 from bmojo_edge.staging import staged
 
 MANIFEST, SELF_TEST = "manifest.json", "self_test.safetensors"
-RECORDED = 8  # positions whose logits are kept
 
 
 class ExportError(ValueError):
@@ -58,9 +57,13 @@ def exported_folder(out: Path, target: Target, overwrite: bool) -> AbstractConte
     return staged(out, check)
 
 
-def record_self_test(folder: Path, config: Config, length: int, forward: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Write random tokens and the model's logits at some positions; forward: tokens (1, t) -> logits (t, v)."""
+def record_self_test(
+    folder: Path, config: Config, length: int, forward: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> None:
+    """Write random tokens and a model's logits at some positions; forward: tokens (1, t), positions (n,) -> (n, v)."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
-    positions = np.unique(np.linspace(0, length - 1, RECORDED).astype(np.int64))
-    found = {"tokens": tokens[0].astype(np.int32), "positions": positions, "logits": forward(tokens)[positions]}
+    # The first chunk is to be read token by token, others at once: nothing inside them is kept.
+    ends = np.arange(config.chunk_size, length + 1, config.chunk_size) - 1
+    positions = np.unique([0, *ends[:2], *ends[-2:], length - 2, length - 1])
+    found = {"tokens": tokens[0].astype(np.int32), "positions": positions, "logits": forward(tokens, positions)}
     save_file(found, folder / SELF_TEST)

@@ -28,9 +28,8 @@ def record(folder: Path, lm: Model) -> None:
     if lm.tokenizer is not None:
         lm.tokenizer.save(folder)
 
-    @torch.no_grad()
-    def forward(tokens: np.ndarray) -> np.ndarray:
-        return lm(torch.from_numpy(tokens))[0][0].numpy()
+    def forward(tokens: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return lm.head(lm.hidden(torch.from_numpy(tokens))[0][0, at]).numpy()
 
     # Past the first chunks, and, with room, past the window.
     record_self_test(folder, lm.config, 2 * lm.config.chunk_size + lm.config.window + 3, forward)

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bmojo_convert.export_folder import ExportError, Target, exported_folder
+from bmojo_convert.export_folder import SELF_TEST, ExportError, Target, exported_folder
 from bmojo_convert.exporting import open_exportable, record
 from bmojo_convert.step import Commit, Decode, Graph, Prefill, StateLeaf, position_cycle, state_leaves
 from bmojo_edge.config import Config
@@ -33,8 +33,16 @@ PACKAGE = "model.mlpackage"
 ALIGN = 32  # the Neural Engine takes states whose last dimension is a multiple of it
 BLOCK = 32  # weights that share a scale
 GROUP = 16  # channels that share a palette
-HALF = ("linear", "matmul", "softmax", "gather")  # in half precision; sums, norms, angles and recurrences are float32
-WEIGHTS = ("float32", "float16", "int8", "int4", "palettized4")
+HALF = ("linear", "softmax", "gather")  # in half precision; sums, norms, angles and recurrences are float32
+# Weights, and the RMS error that a self-test allows, as a share of the logits' RMS.
+WEIGHTS = {"float32": 2e-2, "float16": 2e-2, "int8": 0.1, "int4": 0.5, "palettized4": 0.5}
+# Where coremltools' loops live, and how much of a conversion is done, in per cent, as each of its four ends.
+LOOPS = {
+    "coremltools.converters.mil.frontend.torch.ops": "_tqdm",
+    "coremltools.converters.mil.mil.passes.pass_pipeline": "tqdm",
+    "coremltools.optimize.coreml._quantization_passes": "tqdm",
+}
+ENDS = (20, 25, 90, 95)
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,20 +74,50 @@ def to_coreml(
     with exported_folder(Path(out), Target.coreml, overwrite) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as parts:
             for name, graph in graphs.items():
-                _tell(progress, name, 0)
-                _compressed(convert(graph, weights), weights).save(str(Path(parts) / f"{name}.mlpackage"))
-                _tell(progress, name, 1)
-            _tell(progress, "package", 0)
-            _join(Path(parts), list(graphs), folder / PACKAGE)
+                with _told(progress, name):
+                    _compressed(convert(graph, weights), weights).save(str(Path(parts) / f"{name}.mlpackage"))
+            with _told(progress, "package"):
+                _join(Path(parts), list(graphs), folder / PACKAGE)
         record(folder, lm)
         write_text(folder / "manifest.json", json.dumps(manifest(lm, graphs, weights), indent=1) + "\n")
-        _tell(progress, "package", 1)
     return Path(out)
 
 
-def _tell(progress: Progress | None, stage: str, done: int) -> None:
-    if progress is not None:
-        progress(stage, done, 1)
+@contextmanager
+def _told(progress: Progress | None, stage: str) -> Iterator[None]:
+    """How far coremltools is in its loops goes to `progress` in per cent, not to bars and remarks of its own."""
+    ends, at = iter(ENDS), 0
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(stage, done, 100)
+
+    def loop(items: Iterable[Any], *_: Any, **__: Any) -> Iterator[Any]:
+        nonlocal at
+        found, first, last = list(items), at, next(ends, 100)
+        for n, item in enumerate(found):
+            tell(first + (last - first) * n // len(found))
+            yield item
+        at = last
+
+    modules = [(import_module(name), attribute) for name, attribute in LOOPS.items()]
+    bars = [getattr(module, attribute) for module, attribute in modules]
+    tell(0)
+    try:
+        for module, attribute in modules:
+            setattr(module, attribute, loop)
+        with _quiet():
+            yield
+    except (
+        RuntimeError
+    ) as error:  # coremltools' writer knows no better, and writes to the folder for temporary files first
+        if "FileWriter" not in str(error):
+            raise
+        raise OSError(f"{tempfile.gettempdir()}: a file could not be written; is the disk full? ({error})") from error
+    finally:
+        for (module, attribute), bar in zip(modules, bars, strict=True):
+            setattr(module, attribute, bar)
+    tell(100)
 
 
 def _require_packages(weights: str) -> None:
@@ -96,7 +134,7 @@ def _require_packages(weights: str) -> None:
 def _quiet() -> Iterator[None]:
     """coremltools without its remarks on versions it was not tested with and on what Linux lacks."""
     log = logging.getLogger("coremltools")
-    level, log.level = log.level, logging.ERROR
+    level, log.level = log.level, logging.CRITICAL
     try:
         yield
     finally:
@@ -156,21 +194,31 @@ class Stateful(nn.Module):
         for name in self.states:
             buffer = self.get_buffer(feature(name))
             if name in new:
-                buffer[:] = F.pad(new[name], (0, buffer.shape[-1] - new[name].shape[-1]))
+                missing = buffer.shape[-1] - self.leaves[name].shape[-1]
+                buffer[:] = F.pad(new[name], (0, missing)) if missing else new[name]
             elif name not in self.step.names:  # a state that a function does not use cannot be converted
                 buffer[:] = buffer + 0
         return (*results[:first], *(new[name] for name in self.wide))
 
     def _held(self, name: str) -> Tensor:
-        """A state without its padding; by split, as the converter takes slices of a buffer for places to write to."""
+        """A state without its padding; by split, as the converter takes slices of a buffer for places to write to.
+
+        It is never the buffer itself: the trace would mistake it for one of the graph's values and write nothing.
+        """
         buffer, n = self.get_buffer(feature(name)), self.leaves[name].shape[-1]
-        return buffer.split([n, buffer.shape[-1] - n], dim=-1)[0] if n < buffer.shape[-1] else buffer
+        missing = buffer.shape[-1] - n
+        return buffer.split([n, missing], dim=-1)[0] if missing else buffer * 1
+
+
+def multiplies_states(config: Config) -> bool:
+    """Whether products of matrices are part of a recurrence; elsewhere they are attention's alone."""
+    ssms = (config.ssm_of(i) for i in range(len(config.layer_types)))
+    return any(ssm is not None and ssm.kind != "mamba" for ssm in ssms)
 
 
 def convert(graph: Graph, weights: str) -> Any:
     """A graph as a Core ML model of one function, its matrices in float16 or, if `weights` says so, float32."""
-    with _quiet():
-        import coremltools as ct  # pyright: ignore[reportMissingImports]
+    ct: Any = import_module("coremltools")
     module = Stateful(graph).eval()
     examples = graph.examples(1)
     given = tuple(examples[name] for name in module.inputs)
@@ -183,10 +231,12 @@ def convert(graph: Graph, weights: str) -> Any:
         shape = padded(module.leaves[name])
         return ct.StateType(name=feature(name), wrapped_type=ct.TensorType(shape=shape, dtype=np.float16))
 
-    half = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type in HALF)
+    import_module("bmojo_convert.coreml_ops")
+    halved = HALF if multiplies_states(graph.config) else (*HALF, "matmul")
+    half = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type in halved)
     try:
-        with torch.no_grad(), _quiet():
-            return ct.convert(
+        with torch.no_grad():
+            model = ct.convert(
                 torch.jit.trace(module, given, check_trace=False),
                 inputs=[described(name) for name in module.inputs],
                 outputs=[
@@ -200,6 +250,18 @@ def convert(graph: Graph, weights: str) -> Any:
             )
     except NotImplementedError as error:
         raise ExportError(f"Core ML has no form for an operation of this model: {error}") from error
+    _check_writes(model, module)
+    return model
+
+
+def _check_writes(model: Any, module: Stateful) -> None:
+    """Raise ExportError where a state that has to change is not written: the converter drops writes without a word."""
+    function = model.get_spec().mlProgram.functions["main"]
+    operations = function.block_specializations[function.opset].operations
+    written = {op.inputs["input"].arguments[0].name for op in operations if op.type == "write_state"}
+    lost = [name for name in module.states if name in module.changed and feature(name) not in written]
+    if lost:
+        raise ExportError(f"{', '.join(lost)}: coremltools lost the writes to these states; please report it")
 
 
 def _compressed(model: Any, weights: str) -> Any:
@@ -216,20 +278,17 @@ def _compressed(model: Any, weights: str) -> Any:
         change = shrink.palettize_weights
     else:
         return model
-    with _quiet():
-        return change(model, shrink.OptimizationConfig(global_config=op))
+    return change(model, shrink.OptimizationConfig(global_config=op))
 
 
 def _join(parts: Path, functions: list[str], target: Path) -> None:
     """One package of several, weights that are equal stored once."""
-    import coremltools as ct  # pyright: ignore[reportMissingImports]
-
+    ct: Any = import_module("coremltools")
     whole = ct.utils.MultiFunctionDescriptor()
     for name in functions:
         whole.add_function(str(parts / f"{name}.mlpackage"), src_function_name="main", target_function_name=name)
     whole.default_function_name = "decode"
-    with _quiet():
-        ct.utils.save_multifunction(whole, str(target))
+    ct.utils.save_multifunction(whole, str(target))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -254,6 +313,7 @@ def manifest(lm: Model, graphs: dict[str, Graph], weights: str) -> dict[str, Any
         "turns": None if turns is None else [str(turn) for turn in turns],
         "functions": functions,
         "state": _states(config),
+        "self_test": {"file": SELF_TEST, "bound": WEIGHTS[weights]},
         "made_with": {name: importlib.metadata.version(name) for name in ("torch", "coremltools")},
     }
 

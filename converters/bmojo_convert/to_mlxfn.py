@@ -56,7 +56,7 @@ def to_mlxfn(model: str | Path, out: str | Path, *, overwrite: bool = False, pro
         found = json.dumps(manifest(lm, described), indent=1) + "\n"
         write_text(folder / MANIFEST, found)
         _tell(progress, "check", 0)
-        record_self_test(folder, lm.config, 2 * lm.config.chunk_size + 3, lambda tokens: _forward(lm, tokens))
+        record_self_test(folder, lm.config, 2 * lm.config.chunk_size + 3, lambda tokens, at: _forward(lm, tokens)[at])
         _check(folder, lm)
         _tell(progress, "check", 1)
     return Path(out)

@@ -32,7 +32,7 @@ class Package:
         model = ct.models.MLModel(str(path), skip_model_load=True)
         spec = model.get_spec()
         self.spec = spec
-        self.functions = load(spec, spec.specificationVersion, model.weights_dir).functions
+        self.functions = load(spec, spec.specificationVersion, model.weights_dir or "").functions
         self._nptype, self.rounded = nptype_from_builtin, states == "float16"
         self._constants: dict[int, Array] = {}
 
@@ -49,6 +49,19 @@ class Package:
     def operations(self, function: str) -> set[str]:
         """Types of the operations a function consists of."""
         return {op.op_type for op in self.functions[function].operations}
+
+    def places(self, function: str) -> dict[int, int]:
+        """Bytes of each constant that a function reads from the file of weights, by its place there."""
+        found = self.spec.mlProgram.functions[function]
+        sizes = {1: 1, 10: 2, 11: 4, 12: 8}  # bool, float16, float32, float64; integers are few and small
+        places = {}
+        for op in found.block_specializations[found.opset].operations:
+            for value in (*op.attributes.values(), *(b.value for x in op.inputs.values() for b in x.arguments)):
+                if value.HasField("blobFileValue"):
+                    kind = value.type.tensorType
+                    count = int(np.prod([d.constant.size for d in kind.dimensions]))
+                    places[value.blobFileValue.offset] = count * sizes.get(kind.dataType, 4)
+        return places
 
     def run(self, function: str, inputs: Mapping[str, Array], states: dict[str, Array]) -> dict[str, Array]:
         program = self.functions[function]
@@ -93,6 +106,38 @@ class Package:
             assert result.shape == tuple(out.shape), f"{kind} {out.name}: {result.shape}, declared {out.shape}"
         keep = not self.rounded and wanted == np.float16 and result.dtype == np.float32
         return result if keep else result.astype(wanted)
+
+
+class State:
+    """Stands in for coremltools' MLState."""
+
+    def __init__(self, values: dict[str, Array]) -> None:
+        self.values = values
+
+    def write_state(self, name: str, value: Array) -> None:
+        assert value.shape == self.values[name].shape, name
+        self.values[name] = value.astype(self.values[name].dtype)
+
+
+class Function:
+    """Stands in for coremltools' MLModel: one function of a package."""
+
+    def __init__(self, package: Package, name: str) -> None:
+        self.package, self.name = package, name
+
+    def make_state(self) -> State:
+        kind = np.float16 if self.package.rounded else np.float32
+        return State({name: np.zeros(shape, kind) for name, shape in self.package.states(self.name).items()})
+
+    def predict(self, given: Mapping[str, Array], state: State) -> dict[str, Array]:
+        assert set(given) == self.package.inputs(self.name)
+        return self.package.run(self.name, given, state.values)
+
+
+def functions(path: Path, states: str = "float16") -> dict[str, Function]:
+    """Every function of a saved package, by name."""
+    package = Package(path, states)
+    return {name: Function(package, name) for name in package.functions}
 
 
 class _Given:
@@ -154,6 +199,12 @@ def _split(given: _Given) -> list[Array]:
     sizes = given.get("split_sizes", None)
     where = int(given.num_splits) if sizes is None else np.cumsum(sizes)[:-1]
     return list(np.split(given.x, where, int(given.axis)))
+
+
+def _band_part(given: _Given) -> Array:
+    lower, upper = int(given.get("lower", -1)), int(given.get("upper", -1))
+    x = given.x if lower < 0 else np.triu(given.x, -lower)
+    return x if upper < 0 else np.tril(x, upper)
 
 
 def _expand_dims(given: _Given) -> Array:
@@ -219,9 +270,13 @@ OPERATIONS: dict[str, Callable[[_Given], Any]] = {
     "silu": lambda given: given.x * _sigmoid(given.x),
     "softplus": lambda given: np.logaddexp(np.float32(0), given.x),
     "clip": lambda given: np.clip(given.x, given.alpha, given.beta),
+    "band_part": _band_part,
+    "cumsum": lambda given: np.cumsum(given.x, int(given.get("axis", 0))),
     "softmax": _softmax,
     "reduce_sum": _reduce(np.sum),
     "reduce_mean": _reduce(np.mean),
+    "reduce_l2_norm": _reduce(lambda x, *axes, **keep: np.sqrt(np.sum(np.square(x), *axes, **keep))),
+    "abs": lambda given: np.abs(given.x),
     "linear": lambda given: given.x @ given.weight.T + given.get("bias", np.float32(0)),
     "matmul": _matmul,
     "conv": _conv,

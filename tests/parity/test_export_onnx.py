@@ -242,6 +242,8 @@ def test_quantised_graphs_agree(bits: str, tmp_path: Path) -> None:
     proto = onnx.load(out / "decode.onnx", load_external_data=False)
     kinds = {node.op_type for node in proto.graph.node}
     assert "MatMulNBits" in kinds
+    tables = [list(x.dims) for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8]
+    assert [64, 2, 32] in tables  # the embedding, in blocks of 32
     large = {
         x.name: list(x.dims)
         for x in proto.graph.initializer

@@ -1,4 +1,4 @@
-# make setup | chat | test | check | bench | train-demo: each makes what it needs first and may be stopped and run again at any time.
+# make setup | chat | test | test-browser | check | bench | train-demo: each makes what it needs first and may be stopped and run again at any time.
 # Settings: PYTHON (3.11 or newer), TORCH (what pip is asked for), MODEL and PROMPT (chat), ARGS (test, bench), JOBS (test processes),
 # OPENBLAS (a library) and BLAS_THREADS (its threads in chat and bench).
 
@@ -17,12 +17,13 @@ unexport PROMPT
 # MLX's Linux wheel brings a slow reference BLAS: put OpenBLAS before it where there is one.
 PRELOAD = $(if $(OPENBLAS),env LD_PRELOAD="$(OPENBLAS)")
 
-.PHONY: help setup chat test clang check bench train-demo clean
+.PHONY: help setup chat test test-browser clang check bench train-demo clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
 	@echo 'make chat                talk to a small real model; PROMPT="..." asks once, MODEL=DIR takes another model'
 	@echo 'make test                run the tests'
+	@echo 'make test-browser        try the chat page in Chromium (chromium and chromedriver must be installed)'
 	@echo 'make check               lint, format, types, import rules'
 	@echo 'make bench               measure this machine'
 	@echo 'make train-demo          text to a tiny trained model, minutes on a CPU, into build/train-demo'
@@ -35,6 +36,9 @@ chat: $(READY)
 
 test: $(READY) clang
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-browser: $(READY)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 # Compiles the Metal kernels for this CPU, in tests only (metal_kernels/README.md).
 clang:

@@ -15,8 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DECODE = ROOT / "apps/bench/results/decode.json"
+EXPORT = ROOT / "apps/bench/results/export.json"
 SESSION = ROOT / "apps/bench/results/session.json"
+SERVE = ROOT / "apps/bench/results/serve.json"
 KERNELS = ROOT / "apps/bench/results/kernels.json"
+PEER = ROOT / "apps/eval/results/peer.json"
 TRAIN = ROOT / "apps/bench/results/train.json"
 PERPLEXITY = [ROOT / f"apps/eval/results/perplexity-{engine}.json" for engine in ("torch", "mlx")]
 
@@ -161,9 +164,102 @@ def session() -> str:
     )
 
 
+def export() -> str:
+    """ONNX exports beside MLX and PyTorch."""
+    found = _read(EXPORT)
+    mlx = next(row for row in found["rows"] if row["engine"] == "MLX")
+    body = []
+    for row in found["rows"]:
+        cells = [f"{row['engine']}, {row['weights']}", f"{row['prefill_tok_s']:.0f}", f"{row['decode_tok_s']:.1f}"]
+        cells += [f"{row['decode_tok_s'] / mlx['decode_tok_s']:.2f}x", f"{row['peak_bytes'] / 2**30:.1f} GiB"]
+        if "kl_mean" in row:
+            cells += [f"{row['kl_mean']:.1e}, {row['kl_max']:.1e}", f"{100 * row['same_likeliest']:.1f}%"]
+            cells += [f"{row['file_bytes'] / 1e6:.0f} MB"]
+            cells += [f"{row['export_seconds']:.0f} s, {row['export_peak_bytes'] / 2**30:.1f} GiB"]
+        body.append(cells + [""] * (9 - len(cells)))
+    header = [
+        "engine, weights", "prefill tok/s", "decode tok/s", "decode against MLX", "memory", "KL: mean, most",
+        "same likeliest token", "files", "export: time, memory",
+    ]  # fmt: skip
+    compared = next(row["positions"] for row in found["rows"] if "kl_mean" in row)
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("mlx", "torch", "onnxruntime"))
+    threads = (
+        f"{found['threads']} thread{'s' * (found['threads'] > 1)} each" if found["threads"] else "threads as each likes"
+    )
+    return (
+        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}; {found['machine']}, "
+        f"{found['note']}; {versions}, commit {found['commit']}."
+    )
+
+
+def serve() -> str:
+    """Tokens a second by the number of clients, and the time to the first token of a short and a long conversation."""
+    found = _read(SERVE)
+    rates = [row for row in found["rows"] if row["kind"] == "throughput"]
+    one = rates[0]
+    rate = [
+        [
+            str(row["clients"]),
+            f"{row['tok_s']:.1f}",
+            f"{row['tok_s'] / one['tok_s']:.2f}x",
+            f"{row['step_ms']:.1f}",
+            f"{row['model_tok_s']:.1f}",
+            f"{row['model_tok_s'] / one['model_tok_s']:.2f}x",
+        ]
+        for row in rates
+    ]
+    firsts = [row for row in found["rows"] if row["kind"] == "first token"]
+    short = {row["from"]: row for row in sorted(firsts, key=lambda row: -row["turn"])}
+    first = [
+        [
+            str(row["turn"]),
+            row["from"],
+            f"{row['position']:,}",
+            str(row["read"]),
+            f"{row['first_token_ms']:.1f}",
+            f"{row['first_token_ms'] / short[row['from']]['first_token_ms']:.2f}x",
+        ]
+        for row in sorted(firsts, key=lambda row: (row["from"], row["turn"]))
+    ]
+    rate_header = ["clients", "tokens/s", "against one", "step of the model alone, ms", "tokens/s of it", "against one"]
+    first_header = ["turn", "state from", "position", "tokens read", "first token, ms", "against the short one"]
+    return (
+        f"{_rows(rate_header, rate)}\n\n{_rows(first_header, first)}\n\n{found['model']}, {found['dtype']}, "
+        f"{found['machine']}, MLX {found['versions']['mlx']} on the CPU with {found['blas']}, commit {found['commit']}."
+    )
+
+
+def peer() -> str:
+    """What a converted model and transformers score on the same examples, and how often they answer alike."""
+    found = _read(PEER)
+
+    def scores(metrics: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+
+    body = [
+        [
+            f"{row['task']}, {row['examples']}",
+            scores(row["bmojo-edge"]),
+            scores(row["transformers"]),
+            ", ".join(map(str, row["alike"].values())),
+            f"{row['largest_difference_nats']:.1e}",
+        ]
+        for row in found["rows"]
+    ]
+    engines = " and ".join(dict.fromkeys({"mlx": "MLX", "torch": "PyTorch"}[row["engine"]] for row in found["rows"]))
+    header = ["task, examples", "bmojo-edge", "transformers", "answered alike", "log-likelihoods apart, nats, at most"]
+    return (
+        f"{_rows(header, body)}\n\n{found['rows'][0]['model']}, float32, on {engines}, {found['machine']}, "
+        f"transformers {found['versions']['transformers']}, commit {found['commit']}."
+    )
+
+
 TABLES = {
     "README.md": {"decode": decode, "perplexity": perplexity},
     "cuda_kernels/README.md": {"kernels": kernels, "layers": layers},
+    "docs/export.md": {"export": export},
+    "docs/server.md": {"serve": serve},
+    "docs/evaluation.md": {"peer": peer},
     "docs/sessions.md": {"session": session},
     "docs/training.md": {"train": train},
 }

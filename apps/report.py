@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ def machine() -> str:
             ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
         ).stdout.strip()
     return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii")) if status.exists() else None
+    if found is not None:  # Linux's ru_maxrss starts at that of the process which started this one
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -110,7 +110,10 @@ def without_gradients() -> AbstractContextManager[Any]:
 
 
 def as_engine(array: np.ndarray, like: Any) -> Any:
-    """A NumPy array as an array of the engine, and on the device, of `like`; bfloat16 as `ml_dtypes` has it."""
+    """A NumPy array as an array of the engine, and on the device, of `like`; bfloat16 as `ml_dtypes` has it.
+
+    A GPU copies it while the host goes on: leave one that `host_array` made as it is from then on.
+    """
     halves, engine = array.dtype.name == "bfloat16", type(like).__module__.partition(".")[0]
     bits = array.view(np.int16) if halves else array
     if engine == "mlx":
@@ -118,10 +121,20 @@ def as_engine(array: np.ndarray, like: Any) -> Any:
         return mx.array(bits).view(mx.bfloat16) if halves else mx.array(bits)
     if engine == "torch":
         torch = sys.modules["torch"]
-        tensor = torch.from_numpy(np.array(bits))
-        tensor = tensor.view(torch.bfloat16) if halves else tensor
-        return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+        given = torch.from_numpy(bits if bits.flags.writeable and like.is_cuda else np.array(bits))
+        tensor = given.view(torch.bfloat16) if halves else given
+        if like.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(like.device, non_blocking=like.is_cuda)
     return np.array(bits)
+
+
+def host_array(shape: Sequence[int], dtype: str, like: Any) -> np.ndarray:
+    """An array of any content that `as_engine` hands to the engine and device of `like` without delay."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor) and like.is_cuda:
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), pin_memory=True).numpy()
+    return np.empty(shape, dtype)
 
 
 def to_host(array: Any) -> Callable[[], np.ndarray]:

@@ -103,10 +103,21 @@ def evaluate(
         text = "".join(islice(_lines(path), limit))
         return perplexity(lm, text, path.name, progress)
     examples = read(path, limit)
-    asked = [pair for example in examples for pair in _pairs(example)]
-    requests = [request(lm, *pair) for pair in asked]
+    return result_of(examples, scores_of(lm, examples, batch, progress))
+
+
+def scores_of(
+    lm: Scorer, examples: Sequence[Example], batch: int = 8, progress: Progress = lambda done, total: None
+) -> list[list[Score]]:
+    """What a model makes of every choice, or of the last word, of each example."""
+    requests = [request(lm, *pair) for example in examples for pair in pairs(example)]
     scores = iter(loglikelihoods(lm, requests, batch, progress))
-    scored = [(example, [next(scores) for _ in _pairs(example)]) for example in examples]
+    return [[next(scores) for _ in pairs(example)] for example in examples]
+
+
+def result_of(examples: Sequence[Example], scores: Sequence[Sequence[Score]]) -> Result:
+    """The metrics of examples, all of one form, with a score of each choice or word."""
+    scored = list(zip(examples, scores, strict=True))
     words = [found[0] for example, found in scored if isinstance(example, LastWord)]
     return _last_words(words) if words else _accuracies([(e, s) for e, s in scored if isinstance(e, Choices)])
 
@@ -203,7 +214,7 @@ def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _pairs(example: Example) -> list[tuple[str, str]]:
+def pairs(example: Example) -> list[tuple[str, str]]:
     """(context, continuation) of everything an example needs scored."""
     if isinstance(example, LastWord):
         return [(example.context, example.word)]
@@ -214,18 +225,21 @@ def _pairs(example: Example) -> list[tuple[str, str]]:
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def _accuracies(scored: Sequence[tuple[Choices, list[Score]]]) -> Result:
-    """Plain accuracy, and that by log-likelihood a character of the choice (spaces around it not counted)."""
-    plain = [_best([s.logprob for s in scores]) == example.gold for example, scores in scored]
-    metrics = {"acc": _mean(plain)}
-    if all(len(example.contexts) == 1 for example, _ in scored):  # in partial scoring, one text follows all
-        lengths = [[max(1, len(choice.strip())) for choice in example.choices] for example, _ in scored]
-        normed = [
-            _best([s.logprob / n for s, n in zip(scores, sizes, strict=True)]) == example.gold
-            for (example, scores), sizes in zip(scored, lengths, strict=True)
-        ]
-        metrics["acc_norm"] = _mean(normed)
-    return Result(len(scored), metrics)
+def chosen(example: Choices, scores: Sequence[Score]) -> dict[str, int]:
+    """The choice of the largest log-likelihood: of all of it, of a character (without spaces around) and of a token."""
+    found = {"acc": _best([s.logprob for s in scores])}
+    if len(example.contexts) == 1:  # in partial scoring, one text follows all
+        sizes = [max(1, len(choice.strip())) for choice in example.choices]
+        found["acc_norm"] = _best([s.logprob / n for s, n in zip(scores, sizes, strict=True)])
+        found["acc_token"] = _best([s.logprob / max(1, s.tokens) for s in scores])
+    return found
+
+
+def _accuracies(scored: Sequence[tuple[Choices, Sequence[Score]]]) -> Result:
+    picked = [chosen(*pair) for pair in scored]
+    common = [name for name in ("acc", "acc_norm", "acc_token") if all(name in found for found in picked)]
+    hits = {name: [f[name] == e.gold for f, (e, _) in zip(picked, scored, strict=True)] for name in common}
+    return Result(len(scored), {name: _mean(values) for name, values in hits.items()})
 
 
 def _last_words(scores: Sequence[Score]) -> Result:

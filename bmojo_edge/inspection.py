@@ -14,8 +14,9 @@ import numpy as np
 
 from bmojo_edge.engine import LM, evaluate
 from bmojo_edge.moment import Moment, first_moment
-from bmojo_edge.session import Session, SessionError
+from bmojo_edge.session import BLOCK, Session, SessionError
 from bmojo_edge.state import MEMORIES, BMojoState
+from bmojo_edge.steps import Steps, finished
 from bmojo_edge.tensors import as_numpy
 
 Shares = dict[str, float]  # by the names of MEMORIES; together 1
@@ -71,15 +72,21 @@ def inspect(session: Session) -> Inspection:
 
     The answer's tokens are those it was chosen by: the last one of the question's, and its own but the last.
     """
+    return finished(inspecting(session))
+
+
+def inspecting(session: Session) -> Steps[Inspection]:
+    """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
     try:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
         return _inspection(lm, now, [], str(error))
-    if len(ids) > 1:
-        logits, state = lm.prefill(np.array([ids[:-1]], np.int32), state)
+    for i in range(0, len(ids) - 1, BLOCK):
+        logits, state = lm.prefill(np.array([ids[i : min(i + BLOCK, len(ids) - 1)]], np.int32), state)
         evaluate(logits, state)
-    return _inspection(lm, now, _attention(lm, state, [ids[-1], *answer[:-1]]))
+        yield
+    return _inspection(lm, now, (yield from _attention(lm, state, [ids[-1], *answer[:-1]])))
 
 
 def inspect_text(lm: LM, ids: Sequence[int]) -> Inspection:
@@ -93,10 +100,11 @@ def inspect_text(lm: LM, ids: Sequence[int]) -> Inspection:
         evaluate(logits, before)
     logits, state = lm.decode_one_token(np.array(ids[-1:], np.int32), before)
     evaluate(logits, state)
-    return _inspection(lm, start.after(ids, state, (), lm.config), _attention(lm, before, ids[-1:]))
+    attention = finished(_attention(lm, before, ids[-1:]))
+    return _inspection(lm, start.after(ids, state, (), lm.config), attention)
 
 
-def _attention(lm: Any, state: Any, tokens: Iterable[int]) -> list[list[Shares]]:
+def _attention(lm: Any, state: Any, tokens: Iterable[int]) -> Steps[list[list[Shares]]]:
     """Shares of each token, layer by layer, means of the heads."""
     watched: Watched = lm
     found = []
@@ -104,6 +112,7 @@ def _attention(lm: Any, state: Any, tokens: Iterable[int]) -> list[list[Shares]]
         logits, state, shares = watched.decode_with_attention(np.array([token], np.int32), state)
         evaluate(logits, state)
         found.append([{name: float(as_numpy(share).mean()) for name, share in layer.items()} for layer in shares])
+        yield
     return found
 
 

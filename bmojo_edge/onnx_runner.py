@@ -1,16 +1,14 @@
 """Runs an ONNX export: the constant-size state through onnxruntime, on any execution provider it has.
 
 `OnnxModel` has the face of `engine.LM`, so `be.stream` and `be.generate` take it. A state is a value that lives on the
-provider's device: a step is bound to the buffers it reads and to spare ones it writes, and a buffer is spare again when
-the last state that holds it is gone, so that two sets take turns. Needs onnxruntime, NumPy and a tokenizer, neither
-PyTorch nor MLX. The folder's format: docs/export.md.
+provider's device (onnx_state.py). A step runs when its logits or its state are looked at: by then a caller who goes on
+has let go of the state before, whose rings are then written where they are. Needs onnxruntime, NumPy and a tokenizer,
+neither PyTorch nor MLX. The folder's format: docs/export.md.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,52 +18,12 @@ from safetensors.numpy import load_file
 
 from bmojo_edge import tokenizer
 from bmojo_edge.config import Config, ConfigError
+from bmojo_edge.onnx_state import Buffers, Leaf, Logits, State, Step
 from bmojo_edge.tensors import CheckpointError, read_json
 from bmojo_edge.tokenizer import Tokenizer
 
 FORMAT, VERSION = "bmojo-edge onnx", 1
 MANIFEST, SELF_TEST = "manifest.json", "self_test.safetensors"
-
-
-class Leaf:
-    """An array of a state where the provider keeps it."""
-
-    __slots__ = ("__weakref__", "nbytes", "value")
-
-    def __init__(self, value: Any, nbytes: int) -> None:
-        self.value, self.nbytes = value, nbytes
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.value.numpy(), dtype)
-
-
-class State(NamedTuple):
-    """The leaves in the manifest's order, (b, ...) float32, and every row's position (b,) int64."""
-
-    leaves: tuple[Leaf, ...]
-    position: np.ndarray
-
-
-class _Buffers:
-    """Device buffers by leaf and batch. One that no state holds any more is given out again."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._spare: dict[tuple[int, ...], list[Any]] = {}
-
-    def leaf(self, shape: tuple[int, ...], content: np.ndarray | None = None) -> Leaf:
-        """A leaf to be written, or one that holds `content`."""
-        import onnxruntime as ort
-
-        if content is not None:
-            value = ort.OrtValue.ortvalue_from_numpy(np.array(content, np.float32), self.device, 0)
-        elif self._spare.get(shape):
-            value = self._spare[shape].pop()
-        else:
-            value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, self.device, 0)
-        leaf = Leaf(value, 4 * math.prod(shape))
-        weakref.finalize(leaf, self._spare.setdefault(shape, []).append, value)
-        return leaf
 
 
 class SelfTest(NamedTuple):
@@ -86,7 +44,7 @@ class OnnxModel:
         self._base, self._period = manifest["position"]["base"], manifest["position"]["period"]
         self._spec = {x["name"]: (tuple(x["shape"]), x["fill"]) for x in manifest["state"]}
         self._index = {name: i for i, name in enumerate(self._spec)}
-        self._buffers = _Buffers(_device(next(iter(sessions.values()))))
+        self._buffers = Buffers(_device(next(iter(sessions.values()))))
         turns = manifest["turns"]
         self._turns = None if turns is None else np.array([int(turn) for turn in turns], np.uint64)
 
@@ -122,7 +80,7 @@ class OnnxModel:
         if offset:
             raise ValueError("offset: an exported model has none; positions begin at 0")
         shapes = [((batch, *shape), fill) for shape, fill in self._spec.values()]
-        filled = (self._buffers.leaf(shape, np.full(shape, fill, np.float32)) for shape, fill in shapes)
+        filled = (self._buffers.filled(np.full(shape, fill, np.float32)) for shape, fill in shapes)
         return State(tuple(filled), np.zeros(batch, np.int64))
 
     def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[np.ndarray, State]:
@@ -147,11 +105,10 @@ class OnnxModel:
             at += size
         return last, state
 
-    def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[np.ndarray, State]:
+    def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[Logits | np.ndarray, State]:
         """Logits (b, v) after one token (b,) of each row, and the state; rows not `active` keep theirs, logits 0."""
-        return self._move(
-            np.asarray(token, np.int32)[:, None], state, None if active is None else np.asarray(active, bool)
-        )
+        tokens = np.asarray(token, np.int32)[:, None]
+        return self._move(tokens, state, None if active is None else np.asarray(active, bool))
 
     def choices(self, state: State) -> dict[int, np.ndarray]:
         """What a commit now would keep in each bmojo layer: (b, e) candidates, slots then window, -1 = empty."""
@@ -159,30 +116,32 @@ class OnnxModel:
 
     # --- graphs -------------------------------------------------------------------------------------------------------
 
-    def _move(self, tokens: np.ndarray, state: State, active: np.ndarray | None) -> tuple[np.ndarray, State]:
-        """Logits and state after tokens (b, 1) or (b, chunk) of the `active` rows."""
+    def _move(self, tokens: np.ndarray, state: State, active: np.ndarray | None) -> tuple[Logits | np.ndarray, State]:
+        """Logits and state after tokens (b, 1) or (b, chunk) of the `active` rows, None = all."""
         old, size = state, tokens.shape[1]
         if not (state.position % self.config.chunk_size).all():
             state = self._commit(state)[0]
         given = {"tokens": tokens, **self._place(state.position, size)}
-        found, state = self._run("decode" if size == 1 else "prefill", given, state)
-        logits = found["logits"]
+        step, leaves = self._step("decode" if size == 1 else "prefill", given, state)
+        logits = Logits(step)
         if active is None:
-            return logits, State(state.leaves, old.position + size)
-        pairs = zip(state.leaves, old.leaves, strict=True)
-        kept = tuple(self._chosen(active, new, before) for new, before in pairs)
+            return logits, State(leaves, old.position + size)
+        kept = tuple(self._chosen(active, new, before) for new, before in zip(leaves, old.leaves, strict=True))
         return np.where(active[:, None], logits, 0), State(kept, old.position + size * active)
 
     def _chosen(self, active: np.ndarray, new: Leaf, old: Leaf) -> Leaf:
         """A leaf with the rows of `new` where active and of `old` elsewhere."""
+        if new is old:
+            return old
         a, b = np.asarray(new), np.asarray(old)
-        return self._buffers.leaf(a.shape, np.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b))
+        return self._buffers.filled(np.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b))
 
     def _commit(self, state: State) -> tuple[State, dict[int, np.ndarray]]:
         if "commit" not in self._graphs:
             return state, {}
-        found, state = self._run("commit", self._place(state.position, 1), state)
-        return state, {int(name.removeprefix("choice.")): x for name, x in found.items()}
+        step, leaves = self._step("commit", self._place(state.position, 1), state)
+        found = {int(name.removeprefix("choice.")): x for name, x in step.said().items()}
+        return State(leaves, state.position), found
 
     def _place(self, position: np.ndarray, size: int) -> dict[str, np.ndarray]:
         """Position as the graphs take it, and the angles of `size` tokens from it."""
@@ -194,27 +153,12 @@ class OnnxModel:
             given |= {"cos": np.cos(turn).astype(np.float32), "sin": np.sin(turn).astype(np.float32)}
         return given
 
-    def _run(self, graph: str, given: Mapping[str, np.ndarray], state: State) -> tuple[dict[str, np.ndarray], State]:
-        """What a graph says besides the state, and the state with the leaves it writes replaced."""
-        session, batch = self._sessions[graph], len(state.position)
-        binding, leaves, said = session.io_binding(), list(state.leaves), []
-        for name in self._graphs[graph]["inputs"]:
-            if name in given:
-                binding.bind_cpu_input(name, given[name])
-            else:
-                binding.bind_ortvalue_input(name, state.leaves[self._index[name]].value)
-        for output in self._graphs[graph]["outputs"]:
-            name = output.removeprefix("new.")
-            if name == output:
-                binding.bind_output(output)
-                said.append(output)
-            else:
-                leaf = self._buffers.leaf((batch, *self._spec[name][0]))
-                binding.bind_ortvalue_output(output, leaf.value)
-                leaves[self._index[name]] = leaf
-        session.run_with_iobinding(binding)
-        outputs = dict(zip(self._graphs[graph]["outputs"], binding.get_outputs(), strict=True))
-        return {name: outputs[name].numpy() for name in said}, State(tuple(leaves), state.position)
+    def _step(self, graph: str, given: Mapping[str, np.ndarray], state: State) -> tuple[Step, tuple[Leaf, ...]]:
+        """A call of a graph, to be run when it is looked at, and the leaves there will be."""
+        held = {name: state.leaves[i] for name, i in self._index.items()}
+        made = {name: (len(state.position), *shape) for name, (shape, _) in self._spec.items()}
+        step = Step(self._sessions[graph], self._graphs[graph], given, held, made, self._buffers)
+        return step, tuple((held | step.leaves()).values())
 
 
 def _device(session: Any) -> str:

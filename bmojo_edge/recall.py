@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bmojo_edge.config import Config
-from bmojo_edge.engine import LM, as_engine, to_host
+from bmojo_edge.engine import LM, as_engine, host_array, to_host
 from bmojo_edge.rope import softmax_scale, turns_per_token
 from bmojo_edge.state import ELSEWHERE, RecalledState, State
 from bmojo_edge.storage import Shape, Store, StoreError
@@ -26,7 +26,7 @@ __all__ = ["RecallState", "StorableLM", "WithStorage", "shape_for"]
 BLOCK, POOL = 32, 2
 TOP_K, EVERY, QUERIES = 8, 512, 16
 CHOOSERS = 8  # rows that are chosen for at one time
-BEGUN = 4  # choices that are kept until their blocks join; of others they are made anew
+BEGUN = 4  # choices that are kept until their blocks join; older ones are made anew
 
 
 class StorableLM(LM, Protocol):
@@ -34,16 +34,17 @@ class StorableLM(LM, Protocol):
 
     def window_blocks(self, state: Any, begin: int, count: int, shape: Shape) -> Any: ...
 
-    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Any: ...
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Sequence[Any]: ...
 
-    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray: ...
+    def block_scorer(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None: ...
 
 
-class _Found(NamedTuple):
-    """What was chosen for a row."""
+class _Choice(NamedTuple):
+    """Blocks that are being chosen and read for the rows of a batch."""
 
-    payloads: np.ndarray  # (n, payload_bytes) uint8
-    positions: np.ndarray  # (n * block,) int64, see RecalledState
+    payloads: np.ndarray  # (b, top_k, payload_bytes) uint8
+    positions: np.ndarray  # (b, top_k * block) int64, see RecalledState
+    rows: list[Future[None]]  # done when theirs are filled in
 
 
 class RecallState(NamedTuple):
@@ -84,9 +85,9 @@ def shape_for(config: Config, block: int = BLOCK, pool: int = POOL) -> Shape:
 class WithStorage:
     """A model that keeps and recalls through a store; states are `RecallState`, rows of a batch stand at one position.
 
-    top_k: blocks that are recalled; every: tokens from one choice to the next, at least 1, a prompt is read in calls of
-    so many at most; queries: the last tokens whose queries choose; name: of the conversation in the store; keeps:
-    whether what leaves the window is stored.
+    top_k: blocks that are recalled; every: tokens from one choice to the next, whose blocks join after as many again; a
+    prompt is read in calls of so many at most, so less than the model's chunk is slow; queries: the last tokens whose
+    queries choose; name: of the conversation in the store; keeps: whether what leaves the window is stored.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class WithStorage:
         _check_fits(store, lm.config)
         self.lm, self.store, self.top_k, self.every, self.queries = lm, store, top_k, every, queries
         self.name, self.keeps = name, keeps
+        self._scores = lm.block_scorer()
         self._pool = ThreadPoolExecutor(CHOOSERS, thread_name_prefix="recall")
-        self._begun: OrderedDict[int, tuple[Any, list[Future[_Found]]]] = OrderedDict()  # by id of the queries
+        # By the identity of the queries, which are held so that it stays theirs, and by `seen`.
+        self._begun: OrderedDict[tuple[int, int], tuple[Any, _Choice]] = OrderedDict()
         self._limit = lm.config.window - store.shape.block + 1  # tokens of one call, so that whole blocks stay in reach
 
     # --- the face of a model
@@ -180,13 +183,13 @@ class WithStorage:
     def recall(self, tokens: Any, state: RecallState) -> RecallState:
         """The state with the blocks that tokens (b, t) look for, in place of those it recalls; they are not taken in.
 
-        Blocks are chosen anew `every` tokens from here.
+        From here `every` tokens are counted anew, after which blocks are asked for again.
         """
         _, probe = self.lm.prefill(np.asarray(tokens), state.inner)
         queries = probe.layers[self.store.shape.router].queries
         count = min(np.shape(tokens)[1], self.queries)
-        found = self._search(queries, count, int(state.at[0]), state, self.store.next_id)
-        return self._joined(state, found)._replace(left=np.full_like(state.left, self.every), seen=0 * state.seen)
+        choice = self._search(queries, count, int(state.at[0]), state, self.store.next_id)
+        return self._joined(state, choice)._replace(left=np.full_like(state.left, self.every), seen=0 * state.seen)
 
     def _turned(self, state: RecallState) -> RecallState:
         """At the end of a stretch: the blocks asked for at the end of the one before join, and the next are asked for.
@@ -194,61 +197,60 @@ class WithStorage:
         So they are chosen and read in the background while the model takes in a stretch of tokens.
         """
         if state.seen[0]:
-            begun = self._begun.get(id(state.asked))
-            asked_at = int(state.at[0]) - self.every
-            found = begun[1] if begun else self._asked(state, asked_at)
-            state = self._joined(state, found)
+            begun = self._begun.get((id(state.asked), int(state.seen[0])))
+            state = self._joined(state, begun[1] if begun else self._asked(state, int(state.at[0]) - self.every))
         left, seen = np.full_like(state.left, self.every), np.full_like(state.seen, self.store.next_id)
         state = state._replace(left=left, seen=seen, asked=state.layers[self.store.shape.router].queries)
-        self._begun[id(state.asked)] = (state.asked, self._asked(state, int(state.at[0])))
+        key = id(state.asked), self.store.next_id
+        if key not in self._begun:  # else another went on from the same state
+            self._begun[key] = (state.asked, self._asked(state, int(state.at[0])))
         while len(self._begun) > BEGUN:
             self._begun.popitem(last=False)
         return state
 
-    def _asked(self, state: RecallState, position: int) -> list[Future[_Found]]:
+    def _asked(self, state: RecallState, position: int) -> _Choice:
         """The choice for the queries that a state has asked with at a position."""
         return self._search(state.asked, min(position, self.queries), position, state, int(state.seen[0]))
 
-    def _search(
-        self, queries: Any, count: int, position: int, state: RecallState, next_id: int
-    ) -> list[Future[_Found]]:
+    def _search(self, queries: Any, count: int, position: int, state: RecallState, next_id: int) -> _Choice:
         """Begin to choose and read, for each row, the blocks that the last `count` queries attend to most.
 
         queries (b, n, h p); seen is what could be at `position`, when the next block had the number `next_id`.
         """
-        limit, store = position - self.config.window, self.store
-        fetch = to_host(queries)
+        s, store, limit, b = self.store.shape, self.store, position - self.config.window, len(state.at)
+        fetch, like = to_host(queries), state.layers[self.store.shape.router].window.k
+        choice = _Choice(
+            host_array((b, self.top_k, s.payload_bytes), "uint8", like),
+            host_array((b, self.top_k * s.block), "int64", like),
+            [],
+        )
 
-        def found(row: int, slots: np.ndarray) -> _Found:
+        def fill(row: int, slots: np.ndarray) -> None:
             try:
                 wanted = self._as_asked(fetch()[row, -count:])
-                chosen = store.choose(wanted, slots, self.top_k, next_id, self.lm.block_scores)
-                chosen = store.by_age(chosen)
-                positions = self._positions(chosen, state, row)
-                return _Found(store.payloads(chosen), positions)
+                chosen = store.by_age(store.choose(wanted, slots, self.top_k, next_id, self._scores))
+                store.read(chosen, choice.payloads[row])
+                choice.payloads[row, len(chosen) :] = 0
+                choice.positions[row] = -1
+                choice.positions[row, : len(chosen) * s.block] = self._positions(chosen, state, row)
             finally:
                 store.end_reading()
 
-        futures = []
-        for row in range(len(state.at)):
+        for row in range(b):
             slots = store.visible(int(state.horizon[row]), int(state.branch[row]), limit)
             store.begin_reading()
-            futures.append(self._pool.submit(found, row, slots))
-        return futures
+            choice.rows.append(self._pool.submit(fill, row, slots))
+        return choice
 
-    def _joined(self, state: RecallState, futures: list[Future[_Found]]) -> RecallState:
-        """The state that recalls what was found for each row, in place of what it recalls."""
-        s, b = self.store.shape, len(futures)
-        payloads = np.zeros((b, self.top_k, s.payload_bytes), np.uint8)
-        positions = np.full((b, self.top_k * s.block), -1, np.int64)
-        for row, future in enumerate(futures):
-            found = future.result()
-            payloads[row, : len(found.payloads)] = found.payloads
-            positions[row, : len(found.positions)] = found.positions
-        layers, like = list(state.layers), state.layers[s.router].window.k
-        held, kv = as_engine(positions, like), self.lm.recalled_blocks(payloads, s)
-        for place, i in enumerate(s.layers):
-            layers[i] = layers[i]._replace(recalled=RecalledState(kv[place, 0], kv[place, 1], held))
+    def _joined(self, state: RecallState, choice: _Choice) -> RecallState:
+        """The state that recalls what was chosen, in place of what it recalls."""
+        for row in choice.rows:
+            row.result()
+        s, layers = self.store.shape, list(state.layers)
+        held = as_engine(choice.positions, layers[s.router].window.k)
+        kv = self.lm.recalled_blocks(choice.payloads, s)
+        for i, k, v in zip(s.layers, kv[::2], kv[1::2], strict=True):
+            layers[i] = layers[i]._replace(recalled=RecalledState(k, v, held))
         return state._replace(layers=tuple(layers))
 
     def _as_asked(self, queries: np.ndarray) -> np.ndarray:
@@ -316,8 +318,8 @@ class WithStorage:
             part = text[begin : begin + size]
             _, state = self.lm.prefill(part[None].astype(np.int32), state)
             fetch = to_host(self.lm.window_blocks(state, begin, len(part), s))
-            ids = np.pad(part, (0, -len(part) % s.block))
-            self.store.add_packed([branch], begin, ids[None], fetch, tokens=len(part))
+            padded = np.pad(part, (0, -len(part) % s.block))
+            self.store.add_packed([branch], begin, padded[None], fetch, tokens=len(part))
             if progress is not None:
                 progress(begin + len(part), len(text))
         self.store.complete(branch)

@@ -98,8 +98,10 @@ def penalised(logits: Floats, penalty: float, seen: Flags) -> NDArray[np.float32
     """A float32 copy of logits (v,) with tokens in `seen` (v,) made less likely by `penalty` > 1."""
     scores = logits.astype(np.float32)
     if penalty != 1.0:
-        repeated = scores[seen]
-        scores[seen] = np.where(repeated < 0, repeated * penalty, repeated / penalty)
+        repeated, most = scores[seen].astype(np.float64), np.finfo(np.float32).max
+        with np.errstate(over="ignore"):  # a penalty near 0 or beyond all measure: as far as numbers go
+            repeated = np.where(repeated < 0, repeated * penalty, repeated / penalty)
+        scores[seen] = np.clip(repeated, -most, most)
     return scores
 
 

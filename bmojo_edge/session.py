@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -24,66 +24,31 @@ from bmojo_edge.config import Config
 from bmojo_edge.engine import LM, evaluate, state_nbytes
 from bmojo_edge.generate import Continuation, Options, PromptError
 from bmojo_edge.moment import Moment, branched, first_moment
-from bmojo_edge.session_file import SessionError
+from bmojo_edge.session_file import SavedSession, SessionError
+from bmojo_edge.steps import Steps
 from bmojo_edge.tokenizer import Tokenizer
+from bmojo_edge.turn import SAVED_TEXT, Answering, Point, Turn, turn_as_saved
 
-__all__ = ["Point", "Session", "SessionError", "Turn"]
+__all__ = ["Answering", "Point", "Session", "SessionError", "Turn"]
 
 FRAME = 8  # turns that are rendered to find what is new, and more only where the template rewrites an older one
 KEPT_TURNS = 64  # turns whose text is kept, and more only while their states are or the template needs them
 SAVED_TURNS, SAVED_BYTES = 8, 2**27  # snapshots in a file, the last one always
-SAVED_TEXT = 2**14  # characters of a text in a file; of a longer one its beginning and end
-
-
-class Point(NamedTuple):
-    """Between two turns: the moment, and that before the last answer where the template may rewrite the answer."""
-
-    now: Moment
-    asked: Moment | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its states."""
-        return self.now.nbytes + (self.asked.nbytes if self.asked else 0)
-
-
-@dataclass(slots=True)
-class Turn:
-    """One exchange.
-
-    `answer_ids` are the ids of the answer, but for one that was read from a file: only the last has them.
-    """
-
-    user: str
-    answer: str = ""
-    answer_ids: list[int] = field(default_factory=list)
-    said: str = ""  # the answer as it continues the prompt: a word's own space before it included
-    finish_reason: str | None = None  # None: interrupted
-    user_whole: bool = True  # False: only beginning and end of a long text were saved
-    answer_whole: bool = True
-    before: Point | None = None  # where it began, while kept
-
-
-@dataclass(slots=True)
-class _Answering:
-    """The turn being answered."""
-
-    run: Continuation
-    base: Moment  # what it goes on from
-    ids: list[int]  # of its prompt
-    rng: np.random.Generator
-    asked: Any = None  # the state between question and answer
+BLOCK = 512  # tokens that `retell` reads at a time
 
 
 class Session:
     """A conversation, in constant memory where the model's state is constant.
 
     `system` is the system message. `snapshot_bytes` bounds the states kept for `rewind`, beside those of the last turn;
-    the oldest go first. `seed` makes unseeded sampling repeatable.
+    the oldest go first. `seed` makes unseeded sampling repeatable. `blank` is a fresh state of the model that many
+    sessions can begin from.
     Raises PromptError without a tokenizer, ChatTemplateError without a chat template.
     """
 
-    def __init__(self, lm: LM, system: str | None = None, snapshot_bytes: int = 2**29, seed: int | None = None) -> None:
+    def __init__(
+        self, lm: LM, system: str | None = None, snapshot_bytes: int = 2**29, seed: int | None = None, blank: Any = None
+    ) -> None:
         if lm.tokenizer is None:
             raise PromptError("this model folder has no tokenizer; put tokenizer.json or tokenizer.model into it")
         self._lm = lm
@@ -91,13 +56,14 @@ class Session:
         self._system = system
         self._snapshot_bytes = snapshot_bytes
         self._started = datetime.now()
-        self._point = Point(first_moment(lm.init_state(), seed))
+        self._blank = blank
+        self._point = Point(first_moment(lm.init_state() if blank is None else blank, seed))
         self._start: Moment | None = self._point.now  # before the first turn, while no turn is forgotten
         self._read_ahead = ""  # how every rendering begins that goes on from the start
         self._turns: list[Turn] = []
         self._forgotten = 0  # turns before these
         self._forks = 0
-        self._answering: _Answering | None = None
+        self._answering: Answering | None = None
         self._render((), "")  # a missing or broken template shows now
 
     # --- what it holds
@@ -131,6 +97,14 @@ class Session:
         return state_nbytes(self._answering.run.state if self._answering else self._point.now.state)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of all states it holds, the present one and those kept for going back; a shared `blank` is not one."""
+        points = [self._point, *(turn.before for turn in self._turns if turn.before)]
+        moments = [moment for moment in (*(m for point in points for m in point), self._start) if moment is not None]
+        states = {id(moment.state): moment.nbytes for moment in moments if moment.state is not self._blank}
+        return sum(states.values())
+
+    @property
     def rolling_hash(self) -> str:
         """16 hexadecimal digits that tell this sequence of token ids from others."""
         return f"{self._settled()._point.now.rolling_hash:016x}"
@@ -159,9 +133,16 @@ class Session:
         penalty counts the last `window` tokens of the conversation. Raises at the call, leaving the session as it was,
         where an option is out of range or the template refuses the text.
         """
+        return self._answer(self.ask(text, **options))
+
+    def ask(self, text: str, **options: Unpack[Options]) -> Answering:
+        """Say something whose answer the caller computes, as a batch of continuations is, and then `close` it.
+
+        The caller moves `run`, and sets `asked` to the state between question and answer. Raises as `say` does.
+        """
         if not isinstance(text, str):
             raise PromptError(f"text: must be a string, got {type(text).__name__}")
-        self._close()
+        self.close()
         mark, base, ids = self._plan(text)
         window = self._lm.config.window
         context = base.recent[-window:] if options.get("repetition_penalty", 1.0) != 1.0 else ()
@@ -170,8 +151,8 @@ class Session:
         self._forget(mark)
         asked = self._point.asked if mark == 2 * len(self._turns) - 1 else None
         self._turns.append(Turn(text, before=Point(self._point.now, asked)))
-        self._answering = _Answering(run, base, ids, rng)
-        return self._answer(self._answering)
+        self._answering = Answering(run, base, ids, rng)
+        return self._answering
 
     def read(self, text: str = "") -> Self:
         """Take in the system message, and `text` after it, before the first question; forks share the work.
@@ -179,7 +160,7 @@ class Session:
         The text comes where the first question will, as if that began with it. It is not kept, only remembered.
         Raises SessionError after the first question, or where the template moves what stands before it.
         """
-        self._close()
+        self.close()
         if self._turns or self._forgotten:
             raise SessionError("read: comes before the first question; say() what is to be read later")
         now, ahead = self._point.now, self._ahead()
@@ -193,9 +174,30 @@ class Session:
             self._start = self._point.now
         return self
 
+    def retell(self, exchanges: Sequence[tuple[str, str]]) -> Steps[None]:
+        """Take in questions and their answers as if they had been said here; yields after each block of tokens.
+
+        The answers are cut into tokens anew. Raises SessionError after the first question.
+        """
+        if self._turns or self._forgotten:
+            raise SessionError("retell: comes before the first question")
+        turns, n = [Turn(user, answer, said=answer) for user, answer in exchanges], len(exchanges)
+        point, so_far, start = self._point, self._read_ahead, self._point.now
+        for k in range(max(0, n - 2), n):  # so that the state before the last exchange is there to go back to
+            turn, asked = turns[k], self._render(turns[:k], turns[k].user)
+            goes_on = asked.startswith(so_far)  # else the template has rewritten the answer before
+            base, read = (point.now, so_far) if goes_on else (start, self._read_ahead)
+            question, _ = yield from self._reading(asked[len(read) :], base)
+            now, answer_ids = yield from self._reading(turn.answer, question)
+            turns[k] = replace(turn, answer_ids=answer_ids, before=point if k == n - 1 else None)
+            point, so_far = Point(now, question), asked + turn.answer
+        self._point, self._turns = point, turns
+        if n:
+            self._drop_asked()
+
     def regenerate(self, **options: Unpack[Options]) -> Iterator[str]:
         """Answer the last question anew; unseeded, the draws are new ones."""
-        self._close()
+        self.close()
         if not self._turns:
             raise SessionError("regenerate: there is no answer yet")
         if not self._turns[-1].user_whole:
@@ -204,7 +206,7 @@ class Session:
 
     def edit(self, text: str, turns: int = 1, **options: Unpack[Options]) -> Iterator[str]:
         """Say `text` in place of the question `turns` exchanges ago; all that followed that question is taken back."""
-        self._close()
+        self.close()
         if turns == 0:
             raise SessionError("turns: must be at least 1, the last question")
         return self._instead(turns, text, None, options)
@@ -226,7 +228,7 @@ class Session:
 
         Raises ValueError if there are fewer, SessionError if their snapshots were dropped (`snapshot_bytes`).
         """
-        self._close()
+        self.close()
         n = len(self._turns)
         if isinstance(turns, bool) or not isinstance(turns, int) or not 0 <= turns <= n + self._forgotten:
             raise ValueError(f"turns: must be between 0 and the {n + self._forgotten} there are, got {turns!r}")
@@ -265,9 +267,12 @@ class Session:
         of them, fewer where they exceed SAVED_BYTES, but always that of the last. The state of a model with full
         attention grows, and so does its file.
         """
-        twin = self._settled()
-        content, moments = twin._as_saved()
-        session_file.write(Path(path), self._lm, content, moments)
+        session_file.write(Path(path), self.packed())
+
+    def packed(self) -> SavedSession:
+        """What `save` writes, copied: it can be written later, and in another thread."""
+        content, moments = self._settled()._as_saved()
+        return session_file.packed(self._lm, content, moments)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], lm: LM, snapshot_bytes: int = 2**29) -> Self:
@@ -324,7 +329,7 @@ class Session:
         needed = n if mark == 2 * n else min(points, default=n) - 1
         content["forgotten"] = self._forgotten + first
         content["turns"] = [
-            (_turn_as_saved(turn, 2 * k + 1 <= mark, 2 * k + 2 <= mark and k < needed, k == n - 1), points.get(k))
+            (turn_as_saved(turn, 2 * k + 1 <= mark, 2 * k + 2 <= mark and k < needed, k == n - 1), points.get(k))
             for k, turn in enumerate(self._turns)
             if k >= first
         ]
@@ -332,20 +337,20 @@ class Session:
 
     # --- how
 
-    def _answer(self, answering: _Answering) -> Iterator[str]:
+    def _answer(self, answering: Answering) -> Iterator[str]:
         run = answering.run
         try:
             tokens = run.tokens()
             while self._answering is answering and (token := next(tokens, None)):  # another call may have closed it
                 if answering.asked is None:
-                    answering.asked = run.state
+                    answering.asked = run.state, ()
                 if token.text:
                     yield token.text
         finally:
             if self._answering is answering:
-                self._close()
+                self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """End the open turn, if any, with the answer as it is."""
         answering, self._answering = self._answering, None
         if answering is None:
@@ -359,18 +364,29 @@ class Session:
             n = next(n for n in range(len(run.ids), -1, -1) if run.text.startswith(decode(run.ids[:n])))
             rest = self._tokenizer.encode_continuation(run.text[len(decode(run.ids[:n])) :])
             turn.answer, turn.answer_ids = run.text, [*run.ids[:n], *rest]
-            state, pending = answering.asked, turn.answer_ids
+            assert answering.asked is not None
+            state, pending = answering.asked[0], [*answering.asked[1], *turn.answer_ids]
         now = base.after([*ids, *turn.answer_ids], state, pending, config)
-        asked = None if answering.asked is None else base.after(ids, answering.asked, (), config)
+        asked = None if answering.asked is None else base.after(ids, *answering.asked, config)
         self._point = Point(now._replace(draws=answering.rng.bit_generator.state), asked)
         last = ids[-1:]
         turn.said = decode([*last, *turn.answer_ids])[len(decode(last)) :]
+        self._drop_asked()
+
+    def _drop_asked(self) -> None:
+        """Keep the state before the last answer only where the template rewrites that answer."""
+        try:
+            rewritten = self._standing("?")[0] != 2 * len(self._turns)
+        except ValueError:  # a template that refuses such a question
+            return
+        if not rewritten:
+            self._point = Point(self._point.now)
 
     def _settled(self) -> Self:
         """A copy in which the open turn, if any, has ended."""
         twin = copy(self)
         twin._turns = [replace(turn) for turn in self._turns]
-        twin._close()
+        twin.close()
         return twin
 
     def _instead(self, turns: int, text: str, draws: Any, options: Options) -> Iterator[str]:
@@ -409,6 +425,17 @@ class Session:
     def _encoded(self, text: str, after: Moment) -> list[int]:
         encode = self._tokenizer.encode_continuation
         return encode(text) if after.position else self._tokenizer.encode(text, False)
+
+    def _reading(self, text: str, moment: Moment) -> Steps[tuple[Moment, list[int]]]:
+        """Read a text in blocks; the moment after it, and its ids."""
+        ids = self._encoded(text, moment)
+        for i in range(0, len(ids), BLOCK):
+            block = ids[i : i + BLOCK]
+            logits, state = self._lm.prefill(np.array([block], np.int32), moment.state)
+            evaluate(logits, state)
+            moment = moment.after(block, state, (), self._lm.config)
+            yield
+        return moment, ids
 
     def _plan(self, text: str) -> tuple[int, Moment, list[int]]:
         """Where saying `text` goes on from, and the ids to feed."""
@@ -466,22 +493,3 @@ class Session:
         if gone > 0:
             del self._turns[:gone]
             self._forgotten, self._start = self._forgotten + gone, None
-
-
-def _turn_as_saved(turn: Turn, settled: bool, answer_settled: bool, last: bool) -> dict[str, Any]:
-    """A turn's fields for a file; settled texts that are long keep their beginning and end."""
-    user, answer = (
-        text[: SAVED_TEXT // 2] + text[-SAVED_TEXT // 2 :] if short and len(text) > SAVED_TEXT else text
-        for text, short in ((turn.user, settled), (turn.answer, answer_settled))
-    )
-    space = turn.said[: len(turn.said) - len(turn.answer)] if turn.said.endswith(turn.answer) else None
-    said = turn.said if space is None else space + answer
-    return {
-        "user": user,
-        "answer": answer,
-        "answer_ids": turn.answer_ids if last and len(turn.answer_ids) <= SAVED_TEXT else [],
-        "said": said,
-        "finish_reason": turn.finish_reason,
-        "user_whole": turn.user_whole and user == turn.user,
-        "answer_whole": turn.answer_whole and answer == turn.answer,
-    }

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -67,16 +67,25 @@ def _check_model(path: Path, saved: Mapping[str, Any], lm: LM) -> None:
 # --- writing
 
 
-def write(path: Path, lm: LM, content: Mapping[str, Any], moments: Sequence[Moment]) -> None:
-    """Write a session: `content` is JSON of the caller's, `moments` are numbered in order.
+class SavedSession(NamedTuple):
+    """A session as it will be in a file; it holds nothing of the engine."""
 
-    The file takes its name when all of it is on the disk; until then the former one stays.
-    """
+    body: str  # JSON
+    tensors: dict[str, np.ndarray]
+
+
+def packed(lm: LM, content: Mapping[str, Any], moments: Sequence[Moment]) -> SavedSession:
+    """What is to be written: `content` is JSON of the caller's, `moments` are numbered in order."""
     tensors, table = {}, []
     for i, moment in enumerate(moments):
         tensors |= {f"{i}.{name}": array for name, array in _arrays(moment, lm.config).items()}
         table.append({"pending": moment.pending, "hash": f"{moment.rolling_hash:016x}", "draws": _hex(moment.draws)})
-    body = json.dumps({"model": identity(lm), "moments": table, **content}, ensure_ascii=False)
+    return SavedSession(json.dumps({"model": identity(lm), "moments": table, **content}, ensure_ascii=False), tensors)
+
+
+def write(path: Path, session: SavedSession) -> None:
+    """Write a session; the file takes its name when all of it is on the disk, until then the former one stays."""
+    body, tensors = session
     sums = json.dumps({name: f"{zlib.crc32(raw_bytes(array)):08x}" for name, array in tensors.items()})
     shapes = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
     head = {"format": FORMAT, "version": str(VERSION), "session": body, "crc32": sums}

@@ -8,7 +8,6 @@ engines, states or when to look something up (recall.py).
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
 from bmojo_edge.storage_files import HEAD, Files, StoreError
-from bmojo_edge.storage_index import SCAN, Segments, block_scores, relevance
+from bmojo_edge.storage_index import DEVICE_SCAN, SCAN, TILE, Segments, block_scores, relevance, rounded
 from bmojo_edge.storage_writer import Writer
 
 __all__ = ["Shape", "Source", "Store", "StoreError"]
@@ -46,7 +45,7 @@ class Source(NamedTuple):
 class Store:
     """An open store. Use it as a context manager, or `close` it.
 
-    ram_bytes bounds what is kept in memory: blocks that wait to be written and blocks read lately, half of it each.
+    ram_bytes bounds the blocks that wait to be written; those that were read lately are kept by the system, not here.
     identity: of the model that will use it; None leaves it unchecked. segment: blocks of one index (for tests).
     Raises StoreError naming the folder, and the field in which the model is another.
     """
@@ -67,10 +66,8 @@ class Store:
             raise
         s = self.shape
         self._segments = Segments(self.folder, segment, s.summaries, s.kv_heads, self._summaries_of)
-        self._half = max(ram_bytes // 2, 2 * s.payload_bytes)
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cache_lock = threading.Lock()
-        self._writer = Writer(self._files, self._crcs, self._half, writers)
+        self._room = max(ram_bytes // s.payload_bytes, 1)  # blocks that may wait to be written
+        self._writer = Writer(self._files, self._crcs, self._room, writers)
         self._readers, self._read = 0, threading.Condition()
         self._open = True
 
@@ -211,11 +208,11 @@ class Store:
         ids (n * block,); kv (layers, 2, g, n * block, p): unrotated keys, and values, as `packed` takes them.
         tokens: how many are real, all where None; what is not must be 0.
         """
-        s, tokens = self.shape, len(ids) if tokens is None else tokens
-        room = max(1, self._half // s.payload_bytes) * s.block  # what may wait at one time
+        s, real = self.shape, len(ids) if tokens is None else tokens
+        room = self._room * s.block
         for i in range(0, len(ids), room):
             data, part = packed(kv[:, :, None, :, i : i + room], s), ids[i : i + room]
-            self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), tokens - i))
+            self.add_packed([branch], start + i, part[None], lambda data=data: data, min(len(part), real - i))
 
     def add_packed(
         self, branches: Sequence[int], start: int, ids: np.ndarray, fetch: Callable[[], np.ndarray],
@@ -229,8 +226,8 @@ class Store:
         n, begins = b * t // s.block, np.tile(np.arange(0, t, s.block), b)
         entries = np.zeros(n, s.entry)
         entries["id"], entries["branch"] = self.next_id + np.arange(n), np.repeat(branches, t // s.block)
-        tokens = t if tokens is None else tokens
-        entries["start"], entries["tokens"] = start + begins, (tokens - begins).clip(0, s.block)
+        real = t if tokens is None else tokens
+        entries["start"], entries["tokens"] = start + begins, (real - begins).clip(0, s.block)
         entries["ids"] = ids.reshape(n, s.block)
         first, self.next_id = self.next_id, self.next_id + n
         entries = entries[-self.capacity :]  # the others would be replaced at once
@@ -241,7 +238,7 @@ class Store:
         for ordinal in range((first - 1) // self._segments.segment, (self.next_id - 1) // self._segments.segment):
             self._segments.prepare(ordinal, self._live_ids())
         for branch in branches:
-            self._source(branch)["tip"] = start + tokens
+            self._source(branch)["tip"] = start + real
 
     def _free_slots(self, n: int) -> np.ndarray:
         """Slots (n,), ascending: empty ones first, then those of the oldest blocks, which are forgotten."""
@@ -262,9 +259,6 @@ class Store:
             self._read.wait_for(lambda: not self._readers)
         self._writer.settle(slots)
         self._ids[slots] = 0
-        with self._cache_lock:
-            for slot in slots.tolist():
-                self._cache.pop(slot, None)
 
     def begin_reading(self) -> None:
         """No block is forgotten until `end_reading`, called as often, so that another thread can choose and read."""
@@ -297,7 +291,7 @@ class Store:
     def _summaries(self, slots: np.ndarray) -> np.ndarray:
         """Summaries of slots (n,), of blocks on their way to the disk too."""
         waiting, s = self._writer.summaries(slots), self.shape
-        found = np.empty((len(slots), s.summaries, s.kv_heads, s.head_dim), np.float16)
+        found = np.empty((rounded(len(slots), TILE), s.summaries, s.kv_heads, s.head_dim), np.float16)[: len(slots)]
         written = np.ones(len(slots), bool)
         for i, summary in waiting.items():
             found[i], written[i] = summary, False
@@ -326,12 +320,12 @@ class Store:
 
     def choose(
         self, queries: np.ndarray, slots: np.ndarray, count: int, next_id: int | None = None,
-        scores_of: Callable[[np.ndarray, np.ndarray], np.ndarray] = block_scores,
+        scorer: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Of the blocks in `slots`, the at most `count` that queries (h, q, p), scaled, attend to most, best first.
 
         Ties go to the older block. Sealed segments name their candidates first; all others are looked at. next_id: the
-        number of the next block when this was asked, where that was earlier. scores_of: what scores blocks.
+        number of the next block when this was asked, where that was earlier. scorer: scores blocks in place of NumPy.
         """
         ids = self._ids[slots]
         sealed = self._segments.sealed(self.next_id if next_id is None else next_id)
@@ -343,31 +337,26 @@ class Store:
         slots = np.sort(slots[looked_at])
         if not len(slots):
             return slots
-        scores = np.empty((*queries.shape[:2], len(slots)), np.float32)
-        for i in range(0, len(slots), SCAN):
-            scores[..., i : i + SCAN] = scores_of(queries, self._summaries(slots[i : i + SCAN]))
+        scores = np.empty((*queries.shape[:2], rounded(len(slots), SCAN)), np.float32)[..., : len(slots)]
+        scan, scores_of = (SCAN, block_scores) if scorer is None else (DEVICE_SCAN, scorer)
+        for i in range(0, len(slots), scan):
+            scores[..., i : i + scan] = scores_of(queries, self._summaries(slots[i : i + scan]))
         worth = relevance(scores)
         return slots[np.lexsort((self._ids[slots], -worth))[:count]]
 
-    def payloads(self, slots: np.ndarray) -> np.ndarray:
-        """Keys and values of the blocks in slots (n,) as they are on the disk: (n, payload_bytes) uint8."""
-        found = np.empty((len(slots), self.shape.payload_bytes), np.uint8)
-        for place, slot in enumerate(slots):
-            found[place] = self._payload(int(slot))
-        return found
+    def read(self, slots: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """Keys and values of the blocks in slots (n,) as they are on the disk: (n, payload_bytes) uint8.
 
-    def _payload(self, slot: int) -> np.ndarray:
-        with self._cache_lock:
-            if slot in self._cache:
-                self._cache.move_to_end(slot)
-                return self._cache[slot]
-        waiting = self._writer.payload(slot)
-        payload = self._files.read_payload(slot, int(self._crcs[slot])) if waiting is None else waiting.copy()
-        with self._cache_lock:
-            self._cache[slot] = payload
-            while len(self._cache) > 1 and len(self._cache) * len(payload) > self._half:
-                self._cache.popitem(last=False)
-        return payload
+        into: an array of at least n such rows, whose first n are filled and returned.
+        """
+        found = np.empty((len(slots), self.shape.payload_bytes), np.uint8) if into is None else into[: len(slots)]
+        for payload, slot in zip(found, slots.tolist(), strict=True):
+            waiting = self._writer.payload(slot)
+            if waiting is None:
+                self._files.read_payload(slot, int(self._crcs[slot]), payload)
+            else:
+                payload[:] = waiting
+        return found
 
     def by_age(self, slots: np.ndarray) -> np.ndarray:
         """Slots (n,), the oldest block first."""

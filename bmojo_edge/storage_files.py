@@ -90,11 +90,14 @@ class Files:
             entry["crc"] = _entry_crc(entry)
         _pwrite(self._entries, raw_bytes(entries), slot * shape.entry.itemsize)
 
-    def read_payload(self, slot: int, crc: int) -> np.ndarray:
-        """A block's keys and values as bytes. Raises StoreError where they are not what was written."""
-        payload = np.empty(self.shape.payload_bytes, np.uint8)
+    def read_payload(self, slot: int, crc: int, into: np.ndarray | None = None) -> np.ndarray:
+        """A block's keys and values as bytes, in an array given or new.
+
+        Raises StoreError where they are not what was written.
+        """
+        payload = np.empty(self.shape.payload_bytes, np.uint8) if into is None else into
         read = os.preadv(self._blocks, [payload.data], slot * self.shape.payload_bytes)
-        if read != len(payload) or zlib.crc32(payload) != crc:
+        if read != len(payload) or zlib.crc32(raw_bytes(payload)) != crc:
             raise StoreError(f"{self.folder / BLOCKS}: block in slot {slot} is damaged; {_repair(self.folder)}")
         return payload
 

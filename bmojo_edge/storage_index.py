@@ -15,17 +15,32 @@ from typing import Any
 import numpy as np
 
 SCAN = 1024  # blocks whose summaries are in memory at one time
+DEVICE_SCAN = 4096  # the same for a device: every call of another thread holds up the one that feeds it
+TILE = 128  # blocks that are scored at one time
 NEIGHBOURS = 16  # summary vectors an index is asked for, by query
 
 
 def block_scores(queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
-    """The best score of each block for each query: (h, q, n), from queries (h, q, p) and summaries (n, m, g, p)."""
+    """The best score of each block for each query: (h, q, n), from queries (h, q, p) and summaries (n, m, g, p).
+
+    TILE blocks at a time, in arrays of one size: those stay in the processor's cache, and memory keeps no holes.
+    """
     (h, q, p), (n, m, g, _) = queries.shape, summaries.shape
-    best = np.empty((n, g, h // g * q), np.float32)
-    for head, wanted in enumerate(queries.reshape(g, -1, p)):
-        keys = summaries[:, :, head].astype(np.float32).reshape(n * m, p)
-        (keys @ wanted.T).reshape(n, m, -1).max(1, out=best[:, head])
+    best = np.empty((rounded(n, TILE), g, h // g * q), np.float32)[:n]
+    wanted = np.ascontiguousarray(queries.reshape(g, -1, p).transpose(0, 2, 1))
+    keys, products = np.empty((TILE, m, p), np.float32), np.empty((TILE, m, h // g * q), np.float32)
+    for i in range(0, n, TILE):
+        count = min(TILE, n - i)
+        for head in range(g):
+            keys[:count] = summaries[i : i + count, :, head]
+            np.matmul(keys[:count].reshape(-1, p), wanted[head], out=products[:count].reshape(count * m, -1))
+            products[:count].max(1, out=best[i : i + count, head])
     return best.reshape(n, h, q).transpose(1, 2, 0)
+
+
+def rounded(n: int, size: int) -> int:
+    """n, or the next multiple of size: arrays whose lengths grow bit by bit leave holes of every size in memory."""
+    return -(-n // size) * size
 
 
 def relevance(scores: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ import numpy as np
 from bmojo_edge.storage_blocks import Blocks, blocks_of
 from bmojo_edge.storage_files import Files, StoreError
 
+PART = 16  # blocks that a thread writes at least, where there are so many: threads hold each other up
+
 
 class _Batch:
     """Blocks that came together; their bytes may still be on their way from a device."""
@@ -32,7 +34,7 @@ class _Batch:
 
 
 class Writer:
-    """Writes blocks to a store's files in `threads` threads; at most `limit` bytes wait, or one batch.
+    """Writes blocks to a store's files in `threads` threads; at most `limit` blocks wait, or one batch.
 
     crcs (slots,) uint32: where the checksums of written payloads go.
     """
@@ -54,14 +56,13 @@ class Writer:
         fetch: the bytes of the blocks, `storage_blocks.packed`; of more than n the last n count.
         """
         self.check()
-        batch, size = _Batch(slots, entries, fetch, self._files), self._files.shape.payload_bytes
+        batch = _Batch(slots, entries, fetch, self._files)
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or (len(self._waiting) + len(slots)) * size <= self._limit)
+            self._changed.wait_for(lambda: not self._waiting or len(self._waiting) + len(slots) <= self._limit)
             self._waiting.update({int(slot): (batch, place) for place, slot in enumerate(slots)})
         runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) != 1) + 1)
         for run in runs:
-            parts = np.array_split(run, min(len(run), self._threads))
-            for part in parts:
+            for part in np.array_split(run, min(-(-len(run) // PART), self._threads)):
                 self._pool.submit(self._write, batch, part)
 
     def _write(self, batch: _Batch, part: np.ndarray) -> None:

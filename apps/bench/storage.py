@@ -43,7 +43,7 @@ def memory(tokens: int) -> list[dict[str, Any]]:
     identity = {**UNCHECKED, "config": config.to_dict(), "weights": weights_fingerprint(lm)}
     with (
         tempfile.TemporaryDirectory() as folder,
-        Store.create(Path(folder) / "store", shape_for(config), identity, ram_bytes=2**22) as store,
+        Store.create(Path(folder) / "store", shape_for(config), identity, ram_bytes=2**20) as store,
     ):
         model: Any = WithStorage(lm, store)
         state, peak, start, done = model.init_state(), 0, time.perf_counter(), 0

@@ -214,13 +214,13 @@ def opened(lm: Any, storage: bool, folder: Path, args: argparse.Namespace) -> It
         yield WithStorage(lm, store, top_k=args.top_k), store
 
 
-def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens per second of reading `length` tokens and of going on, with and without storage in turns.
 
     Choices are counted in; what the writer has still to do after reading is a number of its own. Storage ends what
     the other has begun, and begins what it ends: a machine that changes its pace favours neither.
     """
-    found, tokens = [], np.resize(text, (args.cost_rows, length))
+    tokens = np.resize(text, (args.cost_rows, length))
     for storage in (False, True):
         warm_up(lm, Trials(tokens, [], [], 0), storage, args, args.cost_rows)
     for storage in (False, True, True, False)[: 2 * args.turns]:
@@ -243,13 +243,11 @@ def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> li
                     logits, state = lm_used.decode_one_token(token, state)
                     as_numpy(logits)  # as one who samples does
                 going_on = time.perf_counter() - start
-                found.append(
-                    {"cost_after": length, "rows_at_once": len(tokens), "storage": storage, "steps": args.steps,
-                     "prefill_tok_s": tokens.size / read, "decode_tok_s": args.steps / going_on,
-                     "flush_s": flushed, **on_what(lm, args)}
-                )  # fmt: skip
-                print(json.dumps(found[-1]), flush=True)
-    return found
+                yield {
+                    "cost_after": length, "rows_at_once": len(tokens), "storage": storage, "steps": args.steps,
+                    "prefill_tok_s": tokens.size / read, "decode_tok_s": args.steps / going_on, "flush_s": flushed,
+                    **on_what(lm, args),
+                }  # fmt: skip
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -261,8 +259,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for storage, label in ((True, "window, sinks and storage"), (False, "window and sinks")):
-        mine = sorted((r["tokens"], r["accuracy"], r["trials"]) for r in rows if r.get("storage") is storage and
-                      "tokens" in r and r["engine"] == "torch")  # fmt: skip
+        most: dict[int, dict[str, Any]] = {}  # of runs of one length the one with most texts
+        for r in rows:
+            if (
+                r["storage"] is storage
+                and "tokens" in r
+                and r["trials"] > most.get(r["tokens"], {"trials": 0})["trials"]
+            ):
+                most[r["tokens"]] = r
+        mine = sorted((r["tokens"], r["accuracy"], r["trials"]) for r in most.values())
         if mine:
             lengths, accuracy, _ = zip(*mine, strict=True)
             axes.plot(lengths, accuracy, marker="o", label=label)
@@ -278,15 +283,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def merged(paths: list[Path], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows, and those of other result files; of a case that was run again the later one."""
+    """Rows, and those of other result files in place of rows of the same cases."""
 
     def case(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("tokens", "storage", "engine", "dtype", "device", "rows_at_once"))
+        return tuple(row.get(key) for key in ("tokens", "cost_after", "storage", "engine", "dtype", "device"))
 
-    for path in paths:
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            rows = [other for other in rows if "tokens" not in row or case(other) != case(row)] + [row]
-    return rows
+    new = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    again = {case(row) for row in new}
+    return [row for row in rows if case(row) not in again] + new
 
 
 def main() -> None:
@@ -313,9 +317,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = [] if not args.out.exists() or args.again else json.loads(args.out.read_text(encoding="utf-8"))["rows"]
     if args.merge:
-        former = json.loads(args.merge[-1].read_text(encoding="utf-8"))
+        head = json.loads(args.merge[-1].read_text(encoding="utf-8"))
+        if args.out.exists():  # a file is of one model, whatever its folder was called elsewhere
+            head["model"] = json.loads(args.out.read_text(encoding="utf-8"))["model"]
         rows = merged(args.merge, rows)
-        report.write(args.out, rows, (), **{key: former[key] for key in former if key != "rows"})
+        report.write(args.out, rows, (), **{key: head[key] for key in head if key != "rows"})
         draw(rows, args.out.with_suffix(".svg"))
         return
     if args.books is None:
@@ -346,7 +352,9 @@ def main() -> None:
             shown = {key: row[key] for key in row if key != "details"}
             print(json.dumps(shown), flush=True)
     if args.cost:
-        keep(cost(lm, text, args.cost, args))
+        for row in cost(lm, text, args.cost, args):
+            keep([row])
+            print(json.dumps(row), flush=True)
     if not args.no_plot:
         draw(rows, args.out.with_suffix(".svg"))
 

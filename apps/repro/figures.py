@@ -21,6 +21,7 @@ from apps.repro.sweep import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 ORDER = ("transformer", "bmojo", "bmojo-f", "hybrid", "mamba", "window")
+KINDS = ("keys", "values", "queries", "blanks")
 Found = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ def name_of(row: Row) -> str:
     """A model as tables and legends name it: an enlarged state or another number of slots is told."""
     more = []
     if row["d_state"] != STATE:
-        more.append(f"state {row['d_state']}")
+        more.append(f"state {row['d_state']}" + (f", {row['expand']}x wide" if row["expand"] != 2 else ""))
     if row["model"] == "bmojo" and row["n_eidetic"] != EIDETIC:
         more.append(f"{row['n_eidetic']} slots")
     return f"{row['model']} ({', '.join(more)})" if more else row["model"]
@@ -83,7 +84,8 @@ def comparison(found: Found) -> str:
             ]
         )
     header = ["task", "model", "memory", "learning rate", "accuracy %, a seed each", "at 1,024 %", "steps"]
-    where = f"{found['device']}, torch {found['versions']['torch']}, commit {found['commit']}"
+    devices = ", ".join(dict.fromkeys(row["device"] for row in found["rows"]))
+    where = f"{devices}, torch {found['versions']['torch']}, commit {found['commit']}"
     return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
 
 
@@ -96,6 +98,46 @@ def choices(found: Found) -> str:
         what += [f"SSM learning rate x{row['ssm_lr']:g}"] if row["ssm_lr"] != 1.0 else []
         body.append([", ".join(what), f"{100 * row['accuracy']:.1f}", f"{row['steps']:,}"])
     return _rows(["change", "accuracy %", "steps"], body)
+
+
+def kept(found: Found) -> str:
+    """What the eidetic memory of each layer holds after a row, for every trained B'MOJO of the comparison."""
+    body = []
+    for row in plain(found["rows"]):
+        for layer, share in enumerate(row.get("kept", {}).get("share", [])):
+            what = f"{row['pairs']} pairs, width {row['d_model']}, {row['n_eidetic']} slots, {row['lr']:.0e}"
+            cells = [f"{100 * share[name]:.0f}" if name in share else "" for name in KINDS]
+            body.append([what, f"{row['seed']}", f"{100 * row['accuracy']:.1f}", str(layer), *cells])
+    header = ["model, learning rate", "seed", "accuracy %", "layer", *(f"{name} kept %" for name in KINDS)]
+    return _rows(header, body)
+
+
+def draw_kept(found: Found, out: Path) -> None:
+    """Which positions the best B'MOJO of the hardest task keeps, a line a test row, a panel a layer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in plain(found["rows"]) if row.get("kept")]
+    best = max(rows, key=lambda row: (row["pairs"], row["accuracy"]))
+    layers, columns = best["kept"]["positions"], range(best["seq_len"])
+    figure, axes = plt.subplots(len(layers), 1, figsize=(9, 3.2), sharex=True, squeeze=False, layout="constrained")
+    for layer, (axis, examples) in enumerate(zip(axes[:, 0], layers, strict=True)):
+        start = 2 * best["pairs"]
+        for y, positions in enumerate(examples):
+            for parity, colour, name in ((0, "tab:blue", "keys"), (1, "tab:orange", "values")):
+                x = [p for p in positions if p < start and p % 2 == parity]
+                axis.scatter(x, [y] * len(x), marker="|", s=90, color=colour, label=name if y == 0 else None)
+            x = [p for p in positions if p >= start]
+            axis.scatter(x, [y] * len(x), marker="|", s=90, color="0.6", label="later tokens" if y == 0 else None)
+        axis.axvline(start - 0.5, color="0.8", linewidth=1)
+        axis.set(ylabel=f"layer {layer}\ntest row", yticks=range(len(examples)), xlim=(-1, columns[-1] + 1))
+        axis.invert_yaxis()
+    axes[0][0].legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[-1][0].set(xlabel="position of a token that the eidetic memory holds after the row")
+    figure.savefig(out, dpi=140)
+    plt.close(figure)
 
 
 def draw_memory(found: Found, out: Path) -> None:
@@ -130,6 +172,7 @@ def tables() -> dict[str, Callable[[], str]]:
     made: dict[str, Callable[[], str]] = {task: lambda task=task: comparison(found[task]) for task in found}
     if "mqar" in found:
         made["choices"] = lambda: choices(found["mqar"])
+        made["kept"] = lambda: kept(found["mqar"])
     return made
 
 
@@ -145,7 +188,10 @@ def main() -> None:
         sys.exit(0 if new == old else f"{PAGE}: its tables are not those of the result files; run this program")
     PAGE.write_text(new, encoding="utf-8")
     if (RESULTS / "mqar.json").exists():
-        draw_memory(_read("mqar"), PAGE.parent / "pictures" / "recall.png")
+        pictures = PAGE.parent / "pictures"
+        pictures.mkdir(exist_ok=True)
+        draw_memory(_read("mqar"), pictures / "recall.png")
+        draw_kept(_read("mqar"), pictures / "kept.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bmojo_cuda.scan import MAX_STATES
 from bmojo_edge import Config
 from bmojo_edge.config import SSM, Innovation
 from bmojo_edge.state import leaves, spec_bytes, state_spec
@@ -16,6 +15,7 @@ from bmojo_edge.state import leaves, spec_bytes, state_spec
 LAYERS = 2
 HEAD_DIM = 32
 ROPE_THETA = 10_000.0
+MAX_STATES = 256  # of a channel, for the GPU's scan
 
 
 def _attention(base: dict[str, Any], window: int | None) -> Config:

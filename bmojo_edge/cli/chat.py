@@ -16,7 +16,6 @@ from bmojo_edge.cli.terminal import read_stdin
 
 if TYPE_CHECKING:
     from bmojo_edge.engine import LM
-    from bmojo_edge.generate import Options
 
 
 @clear_errors
@@ -71,23 +70,13 @@ def chat(
         temperature = 0.6 if prompt is None else 0.0
     if transcript and session is None:
         raise typer.BadParameter("--transcript stands beside the file of --session")
-    options.check(temperature, top_p, top_k, min_p, repetition_penalty, [])
+    sampling = options.chosen(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
     text = read_stdin() if prompt == "-" else prompt
     saved = session is not None and session.exists() and session.stat().st_size > 0
     model = _model_of(session) if saved and model is None else model
     with _model(model, memory) as lm:
         from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
         from bmojo_edge.session import Session
-
-        sampling: Options = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
 
         def begin() -> Session:
             return Session(lm, system)
@@ -117,7 +106,14 @@ def chat(
 def _model(model: str | None, memory: Path | None) -> Iterator[LM]:
     """The model, with a store beside it where one is named; a store that is not there is made."""
     if memory is None:
-        yield open_model(model)
+        lm = open_model(model)
+        from bmojo_edge.onnx_runner import OnnxModel
+
+        if isinstance(lm, OnnxModel):
+            raise typer.BadParameter(
+                "MODEL: an ONNX export answers one prompt: bmojo-edge generate --model DIR --chat --prompt TEXT"
+            )
+        yield lm
         return
     from bmojo_edge.cli.memory import opened
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
+import re
 import resource
-import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +56,7 @@ def onnx(
     ] = Weights.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, peak memory.")
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -73,11 +74,12 @@ def onnx(
     """
     from bmojo_convert.to_onnx import to_onnx
 
+    begun = time.perf_counter()
     console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
     quantize = None if weights is Weights.float32 else weights.value
     with progress_bar() as progress:
         to_onnx(model, out, quantize=quantize, overwrite=overwrite, progress=progress)
-    _report(out, json)
+    _report(out, json, begun)
 
 
 @app.command("coreml")
@@ -94,7 +96,7 @@ def coreml(
     ] = HalfWeights.float16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, peak memory.")
+        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -110,19 +112,58 @@ def coreml(
     """
     from bmojo_convert.to_coreml import to_coreml
 
+    begun = time.perf_counter()
     console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
     with progress_bar() as progress:
         to_coreml(model, out, weights=weights.value, overwrite=overwrite, progress=progress)
-    _report(out, json)
+    _report(out, json, begun)
 
 
-def _report(out: Path, json: bool) -> None:
-    """What was written, a line a file, and the most memory it took; or one JSON object."""
+@app.command("mlxfn")
+@clear_errors
+def mlxfn(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an mlxfn export of ours.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Export to MLX functions for Swift and C++: one .mlxfn file with the weights, a manifest and the tokenizer.
+
+    They run on the kind of device they are made on: for Apple's GPUs, iPhones' too, export on a Mac. The functions are
+    run and compared with the model before the folder appears. Layers whose cache grows are refused.
+
+    [bold]Examples[/]
+
+    bmojo-edge export mlxfn smollm2-w1024 --out smollm2-mlxfn
+
+    bmojo-edge generate --model smollm2-mlxfn --chat --prompt "What is the capital of France?"
+    """
+    from bmojo_convert.to_mlxfn import to_mlxfn
+
+    begun = time.perf_counter()
+    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
+    with progress_bar() as progress:
+        to_mlxfn(model, out, overwrite=overwrite, progress=progress)
+    _report(out, json, begun)
+
+
+def _report(out: Path, json: bool, begun: float) -> None:
+    """What was written and what it took: a line a file, or one JSON object."""
+    seconds, peak = time.perf_counter() - begun, _peak_memory()
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if json:
-        print(json_format.dumps({"path": str(out), "files": files, "peak_memory": peak}))
+        print(json_format.dumps({"path": str(out), "files": files, "seconds": seconds, "peak_memory": peak}))
         return
     for name, count in files.items():
         console.print(f"  {name:24} {size(count)}")
-    console.print(f"Peak memory: {size(peak)}")
+    console.print(f"[dim]{size(sum(files.values()))} in {seconds:.0f} s. Peak memory: {size(peak)}[/]")
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii")) if status.exists() else None
+    if found is not None:  # Linux's ru_maxrss starts at that of the process which started this one
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

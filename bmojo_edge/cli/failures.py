@@ -29,6 +29,8 @@ _INSTALL = {
     "usearch": "pip install 'bmojo-edge[memory]'",
     "pypdf": "pip install 'bmojo-edge[memory]'",
     "onnx": "pip install 'bmojo-edge[onnx]'",
+    "onnxscript": "pip install 'bmojo-edge[onnx]'",
+    "onnxruntime": "pip install 'bmojo-edge[onnx]'",
     "coremltools": "pip install 'bmojo-edge[coreml]'",
     "sklearn": "pip install 'bmojo-edge[coreml]'",
 }

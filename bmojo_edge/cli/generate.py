@@ -46,15 +46,13 @@ def generate(
 
     cat story.txt | bmojo-edge generate --model DIR --prompt - --stop "THE END"
     """
-    options.check(temperature, top_p, top_k, min_p, repetition_penalty, stop or [])
+    sampling = options.chosen(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop)
     text = read_stdin() if prompt == "-" else prompt
     lm = open_model(model)
     from bmojo_edge.generate import prompt_ids, stream
 
     ids = prompt_ids(lm, [{"role": "user", "content": text}] if chat else text)
-    tokens = stream(
-        lm, ids, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed=seed, stop=stop or ()
-    )
+    tokens = stream(lm, ids, **sampling)
     result: dict[str, Any] = {"text": "", "tokens": [], "logprobs": [], "finish_reason": "length"}
     times = [time.perf_counter()]
     for token in tokens:

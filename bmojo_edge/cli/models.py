@@ -14,17 +14,23 @@ if TYPE_CHECKING:
 
 
 def open_model(model: str | None) -> LM:
-    """Load a model on MLX, or an ONNX export on onnxruntime, saying on stderr what is being done.
+    """Load a model on MLX, or an export of ours on its runtime, saying on stderr what is being done.
 
     None is the default model, made where it is missing.
     """
     import bmojo_edge as be
     from bmojo_edge import onnx_runner
+    from bmojo_edge.tensors import read_json
 
     path = _default_model() if model is None else model
     with console.status(f"Loading {escape(str(path))}"):
-        if (Path(path) / onnx_runner.MANIFEST).is_file():
-            return onnx_runner.OnnxModel.load(path)
+        manifest = Path(path) / onnx_runner.MANIFEST
+        if manifest.is_file():
+            if read_json(manifest).get("format") != "bmojo-edge mlxfn":
+                return onnx_runner.OnnxModel.load(path)
+            from bmojo_edge.mlx.mlxfn_runner import MlxfnModel
+
+            return MlxfnModel.load(path)
         return be.load(path)
 
 

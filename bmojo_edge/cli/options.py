@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bmojo_edge.generate import Options
 
 _SAMPLING = "Sampling"
 
@@ -35,10 +38,17 @@ Stop = Annotated[
 MaxTokens = Annotated[int, typer.Option(min=0, help="The longest an answer may be, in tokens.")]
 
 
-def check(
-    temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float, stop: list[str]
-) -> None:
-    """Misused sampling options end the program with exit code 2, before a model is loaded."""
+def chosen(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None = None,
+) -> Options:
+    """The options as `stream` takes them; a misused one ends the program with code 2, before a model is loaded."""
     from bmojo_edge.sampling import Sampling, SamplingError
     from bmojo_edge.stopping import StopStrings
 
@@ -47,6 +57,16 @@ def check(
     except SamplingError as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        StopStrings(stop)
+        StopStrings(stop or [])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    return {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or (),
+    }

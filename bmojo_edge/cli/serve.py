@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.markup import escape
@@ -31,7 +32,8 @@ def serve(
         int, typer.Option(min=1, help="Memory for states, in MiB; decides --max-sessions.", rich_help_panel=_LIMITS)
     ] = 1024,
     max_sessions: Annotated[
-        int | None, typer.Option(min=1, help="States held at most, running and kept.", rich_help_panel=_LIMITS)
+        int | None,
+        typer.Option(min=1, help="States held at most; a session takes 2.", rich_help_panel=_LIMITS),
     ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Answers computed in one batch at most.", rich_help_panel=_LIMITS)
@@ -50,11 +52,17 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds a request may take.", rich_help_panel=_LIMITS)
     ] = 600.0,
+    sessions_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where sessions are saved; left out: the cache of bmojo-edge, by model name."),
+    ] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Save sessions, or keep them in memory only.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the chat page at /, or only the API.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to any client of OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+    """Serve a model to any client of OpenAI's API, and a chat page to a browser.
 
-    Ctrl-C, or SIGTERM, takes no more requests and gives those that are open 10 seconds to finish.
+    Ctrl-C, or SIGTERM, takes no more requests, gives those that are open 10 seconds to finish, and saves the sessions.
 
     [bold]Examples[/]
 
@@ -66,14 +74,18 @@ def serve(
     """
     if api_key == "":
         raise typer.BadParameter("--api-key: is empty; leave it out to serve without a key")
+    if sessions_dir is not None and not save:
+        raise typer.BadParameter("--sessions-dir is for sessions that are saved; leave out --no-save")
     import uvicorn
 
-    from bmojo_edge.onnx_runner import OnnxModel
+    from bmojo_convert.default import home
+    from bmojo_edge.onnx_runner import MANIFEST
+    from bmojo_edge.server import static
     from bmojo_edge.server.app import Limits, build
 
+    if model is not None and (Path(model) / MANIFEST).is_file():
+        raise typer.BadParameter("MODEL: an export runs one sequence at a time; serve the folder it was made from")
     lm = open_model(model)
-    if isinstance(lm, OnnxModel):
-        raise typer.BadParameter("MODEL: an ONNX export runs one sequence at a time; serve the folder it was made from")
     slot = lm.config.state_bytes()
     slots = max_sessions or state_mib * 2**20 // slot
     if slots == 0:
@@ -91,12 +103,22 @@ def serve(
         max_body=max_body,
         timeout=timeout,
     )
-    app = build(lm, name, limits, api_key)
+    loopback = host in _LOOPBACK
+    sessions = sessions_dir or home() / "sessions" / quote(name, safe="")
+    app = build(
+        lm,
+        name,
+        limits,
+        api_key,
+        sessions=sessions if save else None,
+        pages=static.FOLDER if page else None,
+        hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
+    )
     console.print(
-        f"{escape(name)}: {slots:,} sessions of {slot / 2**20:.1f} MiB each, up to {min(max_running, slots)} answered "
-        f"at a time",
+        f"{escape(name)}: {slots:,} states of {slot / 2**20:.1f} MiB each in memory, up to {min(max_running, slots)} "
+        f"answers at a time; sessions are {f'saved in {escape(str(sessions))}' if save else 'not saved'}",
         soft_wrap=True,
     )
-    if host not in _LOOPBACK and api_key is None:
+    if not loopback and api_key is None:
         console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=10, server_header=False)

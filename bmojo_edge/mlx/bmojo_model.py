@@ -2,7 +2,7 @@
 
 Where bmojo_edge is installed its model computes (all mixers, its kernels); elsewhere the plain MLX below gives the same
 tokens for `bmojo`, `attention` and `mamba` layers, a memory going through a prompt token by token. Full attention is
-always mlx-lm's own, with its growing caches. It knows mlx-lm's caches and nothing of files.
+always `FullAttention`, with mlx-lm's growing caches. It knows mlx-lm's caches and nothing of files.
 """
 
 from __future__ import annotations
@@ -445,10 +445,7 @@ class PlainModel(nn.Module):
         inner = {args.ssm["kind"]} if args.ssm and "bmojo" in args.layer_types else set()
         missing = sorted({*args.layer_types, *inner} - set(LAYERS))
         if missing:
-            raise ValueError(
-                f"layer_types: {', '.join(missing)} layers need bmojo_edge (`pip install bmojo-edge`), "
-                "and beside full attention they run in bmojo_edge alone"
-            )
+            raise ValueError(f"layer_types: {', '.join(missing)} layers need bmojo_edge: pip install bmojo-edge")
         self.args, self.model_type = args, "bmojo"
         self.embed = nn.Embedding(args.vocab_size, args.d_model)
         self.layers = [Block(args, i) for i in range(len(args.layer_types))]
@@ -480,9 +477,7 @@ class PlainModel(nn.Module):
 
 
 def Model(args: Any) -> nn.Module:
-    """The model mlx-lm runs: bmojo_edge's where that is installed and no cache grows, else the plain one."""
-    if any(grows(args, i) for i in range(len(args.layer_types))):
-        return PlainModel(args)
+    """The model mlx-lm runs: bmojo_edge's where that is installed, else the plain one."""
     try:
         from bmojo_edge.mlx.mlx_lm_engine import EngineModel
     except ModuleNotFoundError as error:

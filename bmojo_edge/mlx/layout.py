@@ -96,7 +96,24 @@ class Layout:
         """The tokens as readers of memories."""
         return Queries(tuple(self.start.tolist()), self.position, self.chunk, self._masks)
 
-    def rotary_at(self, positions: np.ndarray) -> Rotary | None:
+    def opened(self, sinks: int) -> tuple[mx.array, mx.array] | None:
+        """Which column of the call each of the first slots gets, and whether it gets one: (b, sinks); None: no slot."""
+        column = np.arange(sinks) - self.start[:, None]
+        written = (column >= 0) & (column < self.length[:, None])
+        return (mx.array(np.clip(column, 0, self.t - 1)), as_mask(written)) if written.any() else None
+
+    def leavers(self, m: int, chunk: int, window: int) -> tuple[Any, mx.array]:
+        """Positions (b, n) of the first of m carried and the call's tokens, and the same with -1 where none competes.
+
+        A chunk's set takes tokens that leave the window before the chunk ends: none later than these.
+        """
+        n = max(0, min(m + self.t, m + self.t - 1 - window + chunk))
+        columns = self.start[:, None] - m + np.arange(n)
+        competed = -(-self.start // chunk) * chunk - window  # before: had their chance
+        position = np.where((columns >= 0) & (columns >= competed[:, None]), columns, -1)
+        return columns, mx.array(position.reshape(len(columns), n))
+
+    def rotary_at(self, positions: Any) -> Rotary | None:
         """Angles at other positions (b, n) of the rows' sequences."""
         return None if self._turns is None else rotary(mx.array(positions) + self.offset[:, None], self._turns)
 

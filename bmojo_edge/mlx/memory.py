@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from bmojo_edge.config import Config
 from bmojo_edge.mlx import ops
 from bmojo_edge.mlx.attribution import attention_shares
-from bmojo_edge.mlx.layout import Layout, Step, as_mask, pinned_rotary, put, turns_of
+from bmojo_edge.mlx.layout import Layout, Step, pinned_rotary, put, turns_of
 from bmojo_edge.mlx.ops import (
     Band,
     Candidates,
@@ -43,11 +42,6 @@ class Projected(NamedTuple):
     v_fading: mx.array | None  # (b, g, t, p)
 
 
-def pinned_query(config: Config, q: mx.array) -> mx.array:
-    """Queries (b, h, t, p) as they meet unrotated keys: rotated to the fixed distance `window`."""
-    return rotate(q, pinned_rotary(config))
-
-
 # --- a call of many tokens --------------------------------------------------------------------------------------------
 
 
@@ -67,13 +61,10 @@ class _Pool(NamedTuple):
 
 def _sinks(config: Config, sinks: SinkState, x: Projected, layout: Layout) -> SinkState:
     """Sinks after the call. No token sees one before it is `window` tokens old, so the call reads these."""
-    slots = np.arange(config.n_sinks)
-    column = slots - layout.start[:, None]
-    written = (column >= 0) & (column < layout.length[:, None])
-    if not written.any():
+    opened = layout.opened(config.n_sinks)
+    if opened is None:
         return sinks
-    column = mx.array(np.clip(column, 0, layout.t - 1))[:, None, :, None]
-    chosen = as_mask(written)[:, None, :, None]
+    column, chosen = (x[:, None, :, None] for x in opened)
     new = (
         mx.where(chosen, mx.take_along_axis(y, column, axis=2), old) for y, old in zip((x.k, x.v), sinks, strict=True)
     )
@@ -84,18 +75,15 @@ def _pool(
     config: Config, x: Projected, window: Band, scores: mx.array | None, sinks: Any, state: BMojoState, layout: Layout
 ) -> _Pool:
     """Everything that sinks and eidetic sets of this call can name; scores (b, m + t) go with the window's columns."""
-    b, s, e = len(layout.start), config.n_sinks, config.n_eidetic
+    b, s, e = len(x.k), config.n_sinks, config.n_eidetic
     ks, vs, positions = [], [], []
     if s:
         ks, vs, positions = [sinks.k], [sinks.v], [mx.broadcast_to(mx.arange(s, dtype=mx.int64), (b, s))]
     if not e or scores is None:
         return _Pool(ks[0], vs[0], positions[0], None)
-    # A chunk's set takes tokens that leave the window before the chunk ends: none later than these columns.
     m = window.k.shape[2] - layout.t
-    leaving = max(0, min(m + layout.t, m + layout.t - 1 - config.window + config.chunk_size))
-    columns = layout.start[:, None] - m + np.arange(leaving)
-    competed = -(-layout.start // config.chunk_size) * config.chunk_size - config.window  # before: had their chance
-    position = np.where((columns >= 0) & (columns >= competed[:, None]), columns, -1)
+    columns, position = layout.leavers(m, config.chunk_size, config.window)
+    leaving = position.shape[1]
     carried, own = min(m, leaving), max(0, leaving - m)
     if carried:
         k = rotate(window.k[:, :, :carried], layout.rotary_at(columns[:, :carried]), inverse=True)
@@ -103,7 +91,7 @@ def _pool(
     else:
         ks, vs = [*ks, state.eidetic.k], [*vs, state.eidetic.v]
     ks, vs = [*ks, x.k[:, :, :own]], [*vs, window.v[:, :, :leaving]]
-    found = [state.eidetic.positions, mx.array(position.reshape(b, leaving))]
+    found = [state.eidetic.positions, position]
     candidates = Candidates(
         mx.concatenate([state.eidetic.scores, scores[:, :leaving]], axis=1), mx.concatenate(found, axis=1)
     )
@@ -173,9 +161,9 @@ def read_memories(
             if s:
                 every = mx.broadcast_to(mx.arange(s, dtype=index.dtype), (*index.shape[:2], s))
                 index = mx.concatenate([every, index], axis=-1)
-        pinned = Pinned(pinned_query(config, x.q), pool.k, pool.v, pool.position, index, near=w)
+        pinned = Pinned(rotate(x.q, pinned_rotary(config)), pool.k, pool.v, pool.position, index, near=w)
     if state.recalled:  # () without storage
-        q = pinned_query(config, x.q) if pinned is None else pinned.q
+        q = rotate(x.q, pinned_rotary(config)) if pinned is None else pinned.q
         pinned = with_recalled(config, pinned, q, state.recalled, sets)
     o = memory_attention(bands, pinned, layout.queries, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
@@ -223,7 +211,7 @@ def step_memories(
         if scores is not None:
             memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, w, eidetic.positions)
     if state.recalled:
-        q, kept = pinned_query(config, x.q), None if scores is None else eidetic.positions
+        q, kept = rotate(x.q, pinned_rotary(config)), None if scores is None else eidetic.positions
         memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))

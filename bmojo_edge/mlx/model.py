@@ -24,7 +24,6 @@ from bmojo_edge.mlx.mixers import Mamba, Mamba2, Remembered
 from bmojo_edge.mlx.recalled import packed_window, unpacked_blocks, window_tokens
 from bmojo_edge.state import Leaf, State, attending, map_leaves, state_spec
 from bmojo_edge.storage_blocks import Shape
-from bmojo_edge.storage_index import block_scores
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -242,13 +241,12 @@ class Model(nn.Module):
         router = state.layers[shape.router].window
         return packed_window(self.config, windows, router, begin, count, state.offset, shape)
 
-    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> mx.array:
-        """Keys and values (layers, 2, b, g, n * block, p) of blocks (b, n, payload_bytes) that were read back."""
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> list[mx.array]:
+        """Keys, values (b, g, n * block, p), of each layer, of blocks (b, n, payload_bytes) that were read back."""
         return unpacked_blocks(mx.array(payloads), shape, self.norm.weight.dtype)
 
-    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
-        """`storage_index.block_scores`, on the CPU: MLX is not asked from other threads."""
-        return block_scores(queries, summaries)
+    def block_scorer(self) -> None:
+        """None: NumPy scores blocks, MLX is not asked from other threads."""
 
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[mx.array, State]:
         """Logits (b, v) after one token (b,) of each row, and the state.

@@ -27,6 +27,7 @@ from bmojo_metal import Rotary as Rotary
 from bmojo_metal import Slots as Slots
 from bmojo_metal import Unrounded as Unrounded
 from bmojo_metal import add_rms_norm as add_rms_norm
+from bmojo_metal import exported as exported
 from bmojo_metal import innovation_scores as innovation_scores
 from bmojo_metal import innovation_step as innovation_step
 from bmojo_metal import linear_wide as linear_wide

@@ -7,6 +7,7 @@ where blocks are kept or how they were chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import mlx.core as mx
 
@@ -137,9 +138,9 @@ def packed_window(
     n = -(-count // s.block)
     keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
     pairs = keys.reshape(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim)
-    means = sum((pairs[..., i, :] for i in range(1, s.pool)), start=pairs[..., 0, :]) * (1 / s.pool)
+    means = reduce(mx.add, [pairs[..., i, :] for i in range(s.pool)]) * (1 / s.pool)
     summaries = means.transpose(0, 2, 3, 1, 4).astype(mx.float16)
-    kv = mx.stack(_unrotated(config, windows, begin, count, offset), axis=2)
+    kv = mx.stack([*_unrotated(config, windows, begin, count, offset)], axis=2)
     kv = _filled(kv, s.block, skip).reshape(*kv.shape[:4], n, s.block, s.head_dim).transpose(0, 4, 1, 2, 3, 5, 6)
     scales = (mx.abs(kv).max(-1) / 127).astype(mx.float16)
     wider = scales.astype(mx.float32)
@@ -149,11 +150,11 @@ def packed_window(
     return mx.concatenate([payloads.reshape(-1), _bytes(summaries, 1)[0]])
 
 
-def unpacked_blocks(payloads: mx.array, shape: Shape, dtype: mx.Dtype) -> mx.array:
-    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): (layers, 2, b, g, n * block, p) in `dtype`."""
+def unpacked_blocks(payloads: mx.array, shape: Shape, dtype: mx.Dtype) -> list[mx.array]:
+    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): keys, values (b, g, n * block, p) of each layer."""
     s, (b, n, _) = shape, payloads.shape
     size = (b, n, len(s.layers), 2, s.kv_heads, s.block)
     scales = mx.contiguous(payloads[..., : s.scales_bytes]).view(mx.float16).reshape(size)
     values = mx.contiguous(payloads[..., s.scales_bytes :]).view(mx.int8).reshape(*size, s.head_dim)
     found = (values.astype(mx.float32) * scales.astype(mx.float32)[..., None]).astype(mx.float16).astype(dtype)
-    return found.transpose(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)
+    return list(found.transpose(2, 3, 0, 4, 1, 5, 6).flatten(4, 5).flatten(0, 1))

@@ -86,11 +86,12 @@ class Answer:
 
 
 def usage(job: Job, completion_tokens: int) -> dict[str, Any]:
-    """Tokens of prompt and answer, and how many of the prompt's a kept state had taken in already."""
+    """Tokens of prompt and answer, and how many of the prompt's a state had taken in already."""
+    read = job.past + len(job.prompt)
     return {
-        "prompt_tokens": len(job.prompt),
+        "prompt_tokens": read,
         "completion_tokens": completion_tokens,
-        "total_tokens": len(job.prompt) + completion_tokens,
+        "total_tokens": read + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": job.cached},
     }
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
+from contextlib import suppress
 from typing import Any
 
 from bmojo_edge.server import answers
 
 BODY_SECONDS = 60.0  # for a body to arrive
+DRAINED, DRAIN_SECONDS = 8, 5.0  # of a body that is too large, times the limit is still read, for so long
+_READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """Refuses with 401 without the key, if there is one (not for /health), and bodies too large (413) or slow (408)."""
+    """Refuses with 401 without the key, if there is one (not for /health and `open_paths`).
 
-    def __init__(self, app: Any, api_key: str | None, max_body: int) -> None:
-        self._app, self._max_body = app, max_body
+    Refuses bodies too large (413) or slow (408); where `hosts` are given, requests for another host (421): a page
+    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403).
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        api_key: str | None,
+        max_body: int,
+        hosts: frozenset[str] | None = None,
+        open_paths: frozenset[str] = frozenset(),
+    ) -> None:
+        self._app, self._max_body, self._hosts, self._open = app, max_body, hosts, open_paths | {"/health"}
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -23,7 +38,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._expected is not None and scope["path"] != "/health":
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and re.sub(r":\d*$", "", host).lower() not in self._hosts:
+            message = f"this server is not {host!r}; start it with --host if it should be reached from elsewhere"
+            await _refuse(send, 421, message, "invalid_request_error", "wrong_host")
+            return
+        _, _, origin = headers.get(b"origin", b"").partition(b"://")
+        if b"origin" in headers and scope["method"] not in _READING and origin != headers.get(b"host"):
+            await _refuse(send, 403, "pages of other origins change nothing here", "invalid_request_error", "origin")
+            return
+        if self._expected is not None and scope["path"] not in self._open:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
@@ -32,6 +56,7 @@ class Guard:
         too_large = f"the body is larger than {self._max_body:,} bytes"
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body:
+            await _drain(receive, DRAINED * self._max_body)
             await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
             return
         try:
@@ -44,6 +69,7 @@ class Guard:
         if body is None:
             return
         if len(body) > self._max_body:
+            await _drain(receive, DRAINED * self._max_body)
             await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
             return
         told = False
@@ -58,16 +84,25 @@ class Guard:
         await self._app(scope, replay, send)
 
 
-async def _read(receive: Any, limit: int) -> bytes | None:
+async def _read(receive: Any, limit: int, keep: bool = True) -> bytes | None:
     """The body, or its beginning once it is longer than `limit`; None where the client has gone."""
-    body, more = bytearray(), True
-    while more and len(body) <= limit:
+    body, size, more = bytearray(), 0, True
+    while more and size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        piece = message.get("body", b"")
+        size += len(piece)
+        body += piece if keep else b""
         more = message.get("more_body", False)
     return bytes(body)
+
+
+async def _drain(receive: Any, limit: int) -> None:
+    """Take in what a client goes on sending, within measure: before that is sent, many do not read an answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            await _read(receive, limit, keep=False)
 
 
 async def _refuse(send: Any, status: int, message: str, kind: str, code: str) -> None:

@@ -6,13 +6,25 @@ taken and ignored. This module knows no HTTP and no model.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bmojo_edge.generate import Options, Prompt
+from bmojo_edge.server.session_folder import ID
 
 MAX_STOPS = 16
+MAX_TITLE = 200  # characters
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer, as JSON Schema says too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+One = Annotated[Literal[1], BeforeValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
@@ -52,25 +64,18 @@ class _Request(_Strict):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None  # this and the two below are ours, as mlx-lm and vLLM have them
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: Literal[1] | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: Whole | None = Field(default=None, ge=0)  # this and the two below are ours, as mlx-lm and vLLM have them
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    seed: Whole | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    n: One | None = None
     frequency_penalty: float | None = Field(default=None, ge=0.0, le=0.0)  # what is not supported must be off
     presence_penalty: float | None = Field(default=None, ge=0.0, le=0.0)
     user: str | None = None
     metadata: dict[str, str] | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOPS:
-            raise ValueError(f"at most {MAX_STOPS} strings, got {len(stop)}")
-        return stop
 
     def options(self, max_tokens: int) -> Options:
         """As `generate.stream` takes them; temperature and top_p are 1 where none is given, as OpenAI's API has it."""
@@ -90,19 +95,31 @@ class ChatRequest(_Request):
     """The body of /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Whole | None = Field(default=None, ge=1)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    session_id: str | None = Field(default=None, pattern=ID)  # ours: messages are only what is new in this session
 
     @property
     def text(self) -> Prompt:
         """What is to be continued: the messages."""
         return [message.plain() for message in self.messages]
+
+    @property
+    def turn(self) -> tuple[str | None, str]:
+        """What is new in a session: a system message, if any, and the user's. Raises ValueError where it is more."""
+        *before, last = (message.plain() for message in self.messages)
+        if last["role"] != "user" or [message["role"] for message in before] not in ([], ["system"]):
+            raise ValueError(
+                "messages: with session_id, only what is new: one message of the user's, and before the first one a "
+                "system message if wanted"
+            )
+        return before[0]["content"] if before else None, last["content"]
 
     @property
     def limit(self) -> int | None:
@@ -118,18 +135,11 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """The body of /v1/completions."""
 
-    prompt: str | list[int] | list[str]
-    max_tokens: int | None = Field(default=16, ge=1)
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    prompt: str | list[Annotated[Whole, Field(ge=0)]] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    max_tokens: Whole | None = Field(default=16, ge=1)
+    logprobs: Whole | None = Field(default=None, ge=0, le=5)
     echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _one_prompt(cls, prompt: str | list[int] | list[str]) -> str | list[int] | list[str]:
-        if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str):
-            raise ValueError(f"one prompt a request, got {len(prompt)}")
-        return prompt
+    best_of: One | None = None
 
     @property
     def text(self) -> Prompt:
@@ -146,3 +156,28 @@ class CompletionRequest(_Request):
     def top(self) -> int | None:
         """How many of the likeliest tokens to tell; None: no log-probabilities at all."""
         return self.logprobs
+
+
+class NewSession(_Strict):
+    """The body of POST /v1/sessions."""
+
+    id: str | None = Field(default=None, pattern=ID)
+    title: str | None = Field(default=None, max_length=MAX_TITLE)
+
+
+class SessionTitle(_Strict):
+    """The body of PATCH /v1/sessions/{id}."""
+
+    title: str = Field(max_length=MAX_TITLE)
+
+
+class Fork(_Strict):
+    """The body of POST /v1/sessions/{id}/fork: how many turns the new session has; left out, all."""
+
+    turns: Whole | None = Field(default=None, ge=0)
+
+
+class Rewind(_Strict):
+    """The body of POST /v1/sessions/{id}/rewind: how many turns are taken back."""
+
+    turns: Whole = Field(ge=1)

@@ -8,9 +8,18 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from bmojo_edge.server.scheduler import Counts, Job, Said, Scheduler
+from bmojo_edge.steps import Steps
+
+T = TypeVar("T")
+
+PIECES = 0.02  # seconds of tasks between two steps, at least one piece
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,7 @@ class Worker:
         self._scheduler, self._max_open = scheduler, max_open
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Job] = set()
+        self._tasks: deque[tuple[Steps[Any], Future[Any]]] = deque()  # the thread's own
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="bmojo-edge model", daemon=True)
@@ -79,11 +89,42 @@ class Worker:
 
         self._calls.put(end)
 
-    def close(self) -> None:
-        """End all jobs with Closed, and the thread; returns when it has ended."""
+    def perform(self, task: Steps[T]) -> Future[T]:
+        """Do something with the model's thread to oneself, in pieces between the steps of the jobs; tasks take turns.
+
+        Raises Closed.
+        """
+        future: Future[T] = Future()
+
+        def begin() -> None:
+            if future.set_running_or_notify_cancel():
+                self._tasks.append((task, future))
+
+        with self._lock:
+            if self._closing:
+                raise Closed("the server is shutting down")
+            self._calls.put(begin)
+        return future
+
+    def call(self, what: Callable[[], None]) -> None:
+        """Have something short done by the thread; nothing happens once it has ended."""
+        self._calls.put(what)
+
+    def close(self, then: Callable[[], None]) -> None:
+        """End all jobs and tasks with Closed, do a last thing, and end the thread; returns when it has ended."""
+        closed = Closed("the server is shutting down")
+
+        def end() -> None:
+            self._scheduler.end(closed)
+            while self._tasks:
+                task, future = self._tasks.popleft()
+                task.close()
+                future.set_exception(closed)
+            then()
+
         with self._lock:
             self._closing = True
-            self._calls.put(lambda: self._scheduler.fail(Closed("the server is shutting down")))
+            self._calls.put(end)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -92,14 +133,32 @@ class Worker:
             self._open.discard(job)
 
     def _work(self) -> None:
-        while not (self._closing and self._calls.empty() and not self._scheduler.busy):
+        while not (self._closing and self._calls.empty() and not self._busy):
             try:
-                while self._calls.qsize() or not self._scheduler.busy:
+                while self._calls.qsize() or not self._busy:
                     self._calls.get()()
                     if self._closing and self._calls.empty():
                         break
+                end = time.monotonic() + PIECES
+                while self._tasks and time.monotonic() < end:
+                    self._do_a_piece()
                 if self._scheduler.busy:
                     self._scheduler.step()
             except Exception as error:  # whatever the model raises must reach those who wait, and not end the thread
                 logger.exception("a step failed; the jobs that were open end with an error")
                 self._scheduler.fail(error)
+
+    @property
+    def _busy(self) -> bool:
+        return self._scheduler.busy or bool(self._tasks)
+
+    def _do_a_piece(self) -> None:
+        task, future = self._tasks.popleft()
+        try:
+            next(task)
+        except StopIteration as end:
+            future.set_result(end.value)
+        except Exception as error:  # is whose task it was
+            future.set_exception(error)
+        else:
+            self._tasks.append((task, future))

@@ -40,6 +40,7 @@ class Layout(NamedTuple):
     tokens: int  # most tokens a growing cache must hold; 0 where none grows
     idle: bool  # a row has no token in this call; only known where a cache grows
     pinned: Rotary | None  # (1, 1, p / 2) at the distance `window`, see pinned_rotary
+    recalled: tuple[Tensor, Tensor] | None = None  # what all layers have in common of storage, see recalled.shared
 
     @property
     def lookback(self) -> Tensor | None:

@@ -30,7 +30,7 @@ from bmojo_edge.torch.ops import (
     select_eidetic,
     wide,
 )
-from bmojo_edge.torch.recalled import recalled_columns, recalled_slots
+from bmojo_edge.torch.recalled import recalled_columns, recalled_positions, recalled_slots
 
 
 class Projected(NamedTuple):
@@ -112,7 +112,7 @@ def _pool(config: Config, x: Projected, scores: Tensor | None, state: BMojoState
         ks, vs, marks = [*ks, k], [*vs, v], [*marks, mark]
         positions = [*positions, torch.where(leaving < layout.start[:, None], leaving, -1)]
     if state.recalled:  # () without storage; never candidates, and seen by the first token already
-        always = torch.full_like(state.recalled.positions, -config.window)
+        always = layout.recalled[0] if layout.recalled else recalled_positions(config, state.recalled)
         ks, vs, positions = [*ks, state.recalled.k], [*vs, state.recalled.v], [*positions, always]
         marks = marks if scores is None else [*marks, torch.zeros_like(always, dtype=scores.dtype)]
     carried = sum(p.shape[1] for p in positions)
@@ -182,7 +182,7 @@ def read_memories(
     window = WindowState(rings[0], rings[1], ())
     if scores is not None:
         ring = overwritten(state.window.scores[:, None, :, None], scores[:, None, :, None], held, layout)
-        window = window._replace(scores=ring[:, 0, :, 0])
+        window = WindowState(window.k, window.v, ring[:, 0, :, 0])
     fading, sinks, eidetic, pinned, sets = state.fading, state.sinks, state.eidetic, None, None
     if f and x.k_fading is not None and x.v_fading is not None:
         k_fading = rotate(x.k_fading, layout.rotary)
@@ -207,13 +207,15 @@ def read_memories(
             sets = sets.masked_fill(chosen < 0, -1)
         if state.recalled:
             first = pool.own - state.recalled.positions.shape[1]
-            columns.append(recalled_columns(state.recalled, sets, layout.chunks, first))
+            shared = layout.recalled[1] if layout.recalled else None
+            columns.append(recalled_columns(state.recalled, sets, layout.chunks, first) if shared is None else shared)
         t = layout.position.shape[1]
         if not layout.fresh or t - 1 + config.chunk_size > w:  # else nothing has left a window
             q = rotate(x.q, layout.pinned)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
     o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
-    return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
+    rest = state.history, state.ssm, state.recalled, state.queries  # _replace fails under torch 2.11's compiler
+    return o, BMojoState(window, fading, sinks, eidetic, *rest), sets
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def step_memories(
     )
     if score is not None:
         scores = put(state.window.scores[:, None, :, None], slot, score[:, None, None, None], step.active)
-        window = window._replace(scores=scores[:, 0, :, 0])
+        window = WindowState(window.k, window.v, scores[:, 0, :, 0])
     memories = {"window": Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)}
     fading, sinks, leaving = state.fading, state.sinks, (i - w)[:, None]
     if f and x.k_fading is not None and x.v_fading is not None:
@@ -271,5 +273,16 @@ def step_memories(
             memories["storage"] = recalled_slots(q, state.recalled, kept)
     if step.watch is not None:
         step.watch.append(attention_shares(memories, softmax_scale(config)))
-    o = memory_attention_step(list(memories.values()), softmax_scale(config))
+    o = memory_attention_step(_side_by_side(memories), softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
+
+
+def _side_by_side(memories: dict[str, Slots]) -> list[Slots]:
+    """The memories of a step, those read by the pinned query as one: three copies in place of products each."""
+    found, pinned = [], []
+    for name, memory in memories.items():
+        (found if name in ("window", "fading") else pinned).append(memory)
+    if len(pinned) > 1:
+        k, v = torch.cat([m.k for m in pinned], dim=2), torch.cat([m.v for m in pinned], dim=2)
+        pinned = [Slots(pinned[0].q, k, v, torch.cat([m.visible for m in pinned], dim=1))]
+    return found + pinned

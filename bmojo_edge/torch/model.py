@@ -20,7 +20,6 @@ from bmojo_edge.config import Config
 from bmojo_edge.engine import as_engine
 from bmojo_edge.state import State, attending, map_leaves, state_spec
 from bmojo_edge.storage_blocks import Shape
-from bmojo_edge.storage_index import block_scores
 from bmojo_edge.tokenizer import Tokenizer
 from bmojo_edge.torch.block import Block
 from bmojo_edge.torch.layers import RMSNorm
@@ -36,7 +35,7 @@ from bmojo_edge.torch.layout import (
 )
 from bmojo_edge.torch.mixers import Remembered
 from bmojo_edge.torch.ops import why_plain, wide
-from bmojo_edge.torch.recalled import packed_window, scores_of_blocks, unpacked_blocks, window_tokens
+from bmojo_edge.torch.recalled import packed_window, scores_of_blocks, shared, unpacked_blocks, window_tokens
 
 PREFILL_BLOCK = 512  # tokens of a prompt that are computed at one time
 
@@ -74,7 +73,6 @@ class Model(nn.Module):
         dtype = dtype_of(config)
         self.config = config
         self.tokenizer: Tokenizer | None = None
-        self._beside: torch.cuda.Stream | None = None  # for what other threads ask of a GPU
         self.embed = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(len(config.layer_types)))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
@@ -207,7 +205,7 @@ class Model(nn.Module):
         tokens, layout, segments = self._placed(tokens, state, segment_ids, lengths)
         state = self.init_state(tokens.shape[0]) if state is None else state
         growth = growth_of(self.config, layout.last_position, layout.last_column < 0)
-        layout = layout._replace(tokens=growth[0], idle=growth[1])
+        layout = layout._replace(tokens=growth[0], idle=growth[1], recalled=shared(self.config, state, layout.chunks))
         forced = self._forced(eidetic_index, layout)
         h, states, remembered = self._embedded(tokens, layout), [], []
         for i, block in enumerate(self.blocks()):
@@ -319,20 +317,24 @@ class Model(nn.Module):
         router = state.layers[shape.router].window
         return packed_window(self.config, windows, router, begin, count, state.offset, shape)
 
-    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> Tensor:
-        """Keys and values (layers, 2, b, g, n * block, p) of blocks (b, n, payload_bytes) that were read back."""
+    @torch.no_grad()
+    def recalled_blocks(self, payloads: np.ndarray, shape: Shape) -> list[Tensor]:
+        """Keys, values (b, g, n * block, p), of each layer, of blocks (b, n, payload_bytes) that were read back."""
         return unpacked_blocks(as_engine(payloads, self.embed.weight), shape, self.embed.weight.dtype)
 
-    @torch.no_grad()
-    def block_scores(self, queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
-        """`storage_index.block_scores`; on a GPU there, beside the model's other work. Any thread may call it."""
+    def block_scorer(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """What scores blocks on the model's GPU, beside its other work and for any thread; None: NumPy does."""
         if self.device.type != "cuda":
-            return block_scores(queries, summaries)
-        if self._beside is None:
-            self._beside = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._beside):
-            given = (as_engine(x, self.embed.weight) for x in (queries, summaries))
-            return scores_of_blocks(*given).cpu().numpy()
+            return None
+        beside = torch.cuda.Stream(self.device)
+
+        @torch.no_grad()
+        def scores(queries: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+            with torch.cuda.stream(beside):
+                given = (as_engine(x, self.embed.weight) for x in (queries, summaries))
+                return scores_of_blocks(*given).cpu().numpy()
+
+        return scores
 
     @torch.no_grad()
     def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[Tensor, State]:

@@ -7,13 +7,14 @@ where blocks are kept or how they were chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from bmojo_edge.config import Config
 from bmojo_edge.rope import turns_per_token
-from bmojo_edge.state import RecalledState, WindowState
+from bmojo_edge.state import BMojoState, RecalledState, State, WindowState
 from bmojo_edge.storage_blocks import Shape
 from bmojo_edge.torch.layout import Layout, Step, choose_rows, last_values
 from bmojo_edge.torch.ops import Chunks, Slots, rotary, rotate, wide
@@ -42,6 +43,20 @@ def recalled_columns(recalled: RecalledState, sets: Tensor | None, chunks: Chunk
         seen = seen & (chunks.document == 0)[..., None]
     columns = torch.arange(first, first + recalled.positions.shape[1], device=seen.device)
     return torch.where(seen, columns, -1)
+
+
+def recalled_positions(config: Config, recalled: RecalledState) -> Tensor:
+    """Where recalled tokens (b, n) stand for a call: the first token sees them already."""
+    return torch.full_like(recalled.positions, -config.window)
+
+
+def shared(config: Config, state: State, chunks: Chunks) -> tuple[Tensor, Tensor] | None:
+    """`recalled_positions` and `recalled_columns` where all layers have the same: one array, no eidetic memory."""
+    found = [layer.recalled for layer in state.layers if isinstance(layer, BMojoState) and layer.recalled]
+    if config.n_eidetic or not found or any(other.positions is not found[0].positions for other in found):
+        return None
+    recalled: RecalledState = found[0]
+    return recalled_positions(config, recalled), recalled_columns(recalled, None, chunks, config.n_sinks)
 
 
 def recalled_slots(q: Tensor, recalled: RecalledState, kept: Tensor | None) -> Slots:
@@ -82,7 +97,8 @@ def _unrotated(
     spans = [(first, min(count, w - first)), (0, count - min(count, w - first))]
 
     def joined(name: str) -> Tensor:
-        parts = [torch.stack([getattr(x, name).narrow(2, *span) for x in windows], dim=1) for span in spans if span[1]]
+        rings = torch.stack([getattr(x, name) for x in windows], dim=1)  # all of them: one operation, not one a layer
+        parts = [rings.narrow(3, *span) for span in spans if span[1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
     k, v = joined("k"), joined("v")
@@ -116,7 +132,7 @@ def packed_window(
     n, layers, device = -(-count // s.block), len(windows), offset.device
     keys = _filled(_unrotated(config, [router], begin, count, offset)[0][:, 0], s.block, skip)
     pairs = keys.view(b, s.kv_heads, n, s.summaries, s.pool, s.head_dim).unbind(4)
-    summaries = (sum(pairs[1:], start=pairs[0]) * (1 / s.pool)).permute(0, 2, 3, 1, 4).half()
+    summaries = (reduce(torch.add, pairs) * (1 / s.pool)).permute(0, 2, 3, 1, 4).half()
     size = (b, n, layers, 2, s.kv_heads, s.block)
     scales = torch.empty(size, dtype=torch.float16, device=device)
     values = torch.empty(*size, s.head_dim, dtype=torch.int8, device=device)
@@ -134,14 +150,14 @@ def packed_window(
     return torch.cat([torch.cat(payloads, dim=1).view(-1), summaries.reshape(-1).view(torch.uint8)])
 
 
-def unpacked_blocks(payloads: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): (layers, 2, b, g, n * block, p) in `dtype`."""
+def unpacked_blocks(payloads: Tensor, shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    """`storage_blocks.unpacked` of payloads (b, n, payload_bytes): keys, values (b, g, n * block, p) of each layer."""
     s, (b, n, _) = shape, payloads.shape
     size = (b, n, len(s.layers), 2, s.kv_heads, s.block)
     scales = payloads[..., : s.scales_bytes].contiguous().view(torch.float16).view(size)
     values = payloads[..., s.scales_bytes :].contiguous().view(torch.int8).view(*size, s.head_dim)
     found = (values.float() * scales.float()[..., None]).half().to(dtype)
-    return found.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)
+    return list(found.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5).flatten(0, 1).unbind())
 
 
 def scores_of_blocks(queries: Tensor, summaries: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmojo_convert.export_folder import check_exportable
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale, turns_per_token
 from bmojo_edge.state import Leaf, MambaState, leaves, map_leaves, state_spec
@@ -34,20 +35,6 @@ from bmojo_edge.torch.ops import Rotary, rotate
 EMPTY = 30_000.0  # `admitted` of an empty slot: more than any offset, exact in half precision
 HIDDEN = -30_000.0  # the score of what may not be seen: finite, and exp of it is 0 in half precision too
 State = dict[str, Tensor]  # leaves by dotted name
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported; the message says which of its layers or fields is in the way."""
-
-
-def check_exportable(config: Config) -> None:
-    """Raise ExportError where a layer's state grows, naming the layers."""
-    if config.growing_layers:
-        names, more = ", ".join(map(str, config.growing_layers)), "s" * (len(config.growing_layers) > 1)
-        raise ExportError(
-            f"layer{more} {names}: full attention has a cache that grows with the text, so there is no step of fixed "
-            "shape; convert the model with a window first: bmojo-edge convert SOURCE --window 1024 --out DIR"
-        )
 
 
 class StateLeaf(NamedTuple):
@@ -92,14 +79,22 @@ class _Plan(NamedTuple):
     position: Tensor  # (b, 1) int32, of the first
     place: Tensor  # (b, T) offset in the running chunk, in the scores' dtype
     ages: Tensor  # (T,) int32: 0 .. T - 1
+    scatters: bool  # whether rings are written by a scatter
     at: Rotary | None  # (b, T, p / 2)
 
 
 def _ring(ring: Tensor, new: Tensor, plan: _Plan) -> Tensor:
     """A ring (b, ..., n, p), slot = position mod n, after T new values (b, ..., T, p) are written."""
     n, size = ring.shape[-2], new.shape[-2]
+    if size > n:  # later tokens would overwrite these
+        new = new[..., size - n :, :]
+    first = plan.position + (size - new.shape[-2])
+    if plan.scatters:
+        slots = (first + plan.ages[: new.shape[-2]]) % n  # (b, T)
+        form = (-1, *(1,) * (ring.dim() - 3), new.shape[-2], 1)
+        return ring.scatter(-2, slots.long().view(form).expand(*new.shape), new)
     slots = torch.arange(n, dtype=torch.int32)
-    which = (slots + n - plan.position % n) % n  # (b, n): the token of this call that a slot gets
+    which = (slots + n - first % n) % n  # (b, n): the token of this call that a slot gets
     return _overwritten(ring, new, which, which < size)
 
 
@@ -162,12 +157,15 @@ def angles(turns: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 class Graph(nn.Module):
-    """What the three graphs share. `inputs` names the tensors before the state, `names` the state itself."""
+    """What the three graphs share. `inputs` names the tensors before the state, `names` the state itself.
 
-    def __init__(self, model: Model) -> None:
+    scatters: rings are written by a scatter, which runtimes may do in place, instead of a choice for every slot.
+    """
+
+    def __init__(self, model: Model, scatters: bool = False) -> None:
         super().__init__()
         check_exportable(model.config)
-        self.model, self.config = model, model.config
+        self.model, self.config, self.scatters = model, model.config, scatters
         self.names = tuple(state_leaves(model.config))
         self.rotary = model.config.rope_theta is not None
         self.pinned = _constant_angles(model.config, np.array([model.config.window]))
@@ -194,11 +192,12 @@ class Graph(nn.Module):
         n = len(self.inputs)
         return dict(zip(self.inputs, arguments[:n], strict=True)), dict(zip(self.names, arguments[n:], strict=True))
 
-    def _plan(self, given: Mapping[str, Tensor]) -> _Plan:
+    def plan(self, given: Mapping[str, Tensor]) -> _Plan:
+        """Where a call's tokens stand, from its inputs by name."""
         position = given["position"].view(-1, 1)
         ages = torch.arange(self.size, dtype=torch.int32)
         place = (position % self.config.chunk_size + ages).to(torch.float32)
-        return _Plan(position, place, ages, Rotary(given["cos"], given["sin"]) if self.rotary else None)
+        return _Plan(position, place, ages, self.scatters, Rotary(given["cos"], given["sin"]) if self.rotary else None)
 
 
 class Decode(Graph):
@@ -206,12 +205,20 @@ class Decode(Graph):
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         given, state = self._arguments(arguments)
-        plan, h = self._plan(given), self.model.embed(given["tokens"])
-        for i, block in enumerate(self.model.blocks()):
-            h = h + self._mix(block, i, h, state, plan).to(h.dtype)
-            h = _feed_forward(block, h)
-        out = self.model.norm(h[:, -1]).to(h.dtype)
-        return (self.model.head(out), *(state[name] for name in self.names))
+        plan, h = self.plan(given), self.model.embed(given["tokens"])
+        for i in range(len(self.config.layer_types)):
+            h = self.layer(i, h, state, plan)
+        return (self.logits(h), *(state[name] for name in self.names))
+
+    def layer(self, i: int, h: Tensor, state: State, plan: _Plan) -> Tensor:
+        """Layer i on h (b, T, d); its leaves in `state` are replaced."""
+        block = self.model.blocks()[i]
+        h = h + self._mix(block, i, h, state, plan).to(h.dtype)
+        return _feed_forward(block, h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (b, v) of the last token of h (b, T, d)."""
+        return self.model.head(self.model.norm(h[:, -1]).to(h.dtype))
 
     def _mix(self, block: Block, i: int, h: Tensor, state: State, plan: _Plan) -> Tensor:
         """A layer's mixer: (b, T, d); the layer's leaves in `state` are replaced."""
@@ -271,6 +278,8 @@ class Decode(Graph):
         old = _Read(q, state[f"{prefix}.k"], state[f"{prefix}.v"], q)
         new_k, new_v = _ring(old.k, k, plan), _ring(old.v, v, plan)
         state[f"{prefix}.k"], state[f"{prefix}.v"] = new_k, new_v
+        if self.size == 1:  # the slot just written is not to be seen, and nothing else reads the old ring
+            old = _Read(q, new_k, new_v, q)
         n, w = old.k.shape[2], self.config.window
         held = _held(n, plan.position - 1)[:, None]
         distance = plan.position[..., None] + plan.ages[:, None] - held
@@ -330,8 +339,8 @@ class Decode(Graph):
 class Prefill(Decode):
     """`Decode` for a whole chunk: tokens (b, chunk), position a multiple of `chunk`."""
 
-    def __init__(self, model: Model) -> None:
-        super().__init__(model)
+    def __init__(self, model: Model, scatters: bool = False) -> None:
+        super().__init__(model, scatters)
         self.size = model.config.chunk_size
 
 
@@ -361,30 +370,30 @@ class Commit(Graph):
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         given, state = self._arguments(arguments)
-        plan, size = self._plan(given), self.config.chunk_size
-        due = plan.position % size == 0
-        choices = [self._choose(i, state, plan, due) for i in self.layers]
+        plan = self.plan(given)
+        choices = [self.choose(i, state, plan) for i in self.layers]
         return (*choices, *(state[name] for name in self.changed))
 
-    def _choose(self, i: int, state: State, plan: _Plan, due: Tensor) -> Tensor:
+    def choose(self, i: int, state: State, plan: _Plan) -> Tensor:
+        """Layer i's choice (b, e); its leaves in `state` are replaced."""
         config, window, slots = self.config, f"layers.{i}.window", f"layers.{i}.eidetic"
         size, e, w = config.chunk_size, config.n_eidetic, config.window
+        due = plan.position % size == 0
         offsets = torch.arange(size, dtype=torch.int32)
         held = ((plan.position + offsets) % w).long()  # (b, C) slots of the window's oldest tokens
         position = plan.position + offsets - w
         k, v = (_gathered(state[f"{window}.{leaf}"], held) for leaf in ("k", "v"))
         k = rotate(rotate(k, plan.at, inverse=True), self.back)  # back by the position, forth by the distance to it
-        fits = position >= config.n_sinks
-        scores = torch.where(fits, state[f"{window}.scores"].gather(1, held), torch.full((), -1.0))
+        scores = torch.where(
+            position >= config.n_sinks, state[f"{window}.scores"].gather(1, held), torch.full((), -1.0)
+        )
         old = state[f"{slots}.scores"]
         scores = torch.cat([old, scores], dim=1)  # (b, n), -1 = not to be kept
         member = _best(scores, e)
         place = _running_count(member) - 1
-        pick = torch.logical_and(member[:, None], place[:, None] == torch.arange(e)[:, None]).to(
-            scores.dtype
-        )  # (b, e, n)
-        entered = offsets.to(scores.dtype).expand(plan.position.shape[0], -1)
-        admitted = torch.cat([torch.zeros_like(old), entered], dim=1)
+        pick = torch.logical_and(member[:, None], place[:, None] == torch.arange(e)[:, None])
+        pick = pick.to(scores.dtype)  # (b, e, n)
+        admitted = torch.cat([torch.zeros_like(old), offsets.to(scores.dtype).expand(old.shape[0], -1)], dim=1)
         filled = pick.sum(-1) > 0
         new = {
             "k": pick[:, None] @ torch.cat([state[f"{slots}.k"], k], dim=2),
@@ -395,8 +404,7 @@ class Commit(Graph):
         for leaf, value in new.items():
             before = state[f"{slots}.{leaf}"]
             state[f"{slots}.{leaf}"] = torch.where(due.view(-1, *(1,) * (value.dim() - 1)), value, before)
-        index = (pick * torch.arange(e + size, dtype=scores.dtype)).sum(-1)
-        index = torch.where(filled, index, torch.full((), -1.0))
+        index = torch.where(filled, (pick * torch.arange(e + size, dtype=scores.dtype)).sum(-1), torch.full((), -1.0))
         same = torch.where(old >= 0, torch.arange(e, dtype=scores.dtype), torch.full((), -1.0))
         return torch.where(due, index, same).to(torch.int32)
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bmojo_convert.exporting import SELF_TEST, Target, exported_folder, open_exportable, record
-from bmojo_convert.step import Commit, Decode, ExportError, Graph, Prefill, StateLeaf, position_cycle, state_leaves
+from bmojo_convert.export_folder import SELF_TEST, ExportError, Target, exported_folder
+from bmojo_convert.exporting import open_exportable, record
+from bmojo_convert.step import Commit, Decode, Graph, Prefill, StateLeaf, position_cycle, state_leaves
 from bmojo_edge.config import Config
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.tensors import write_text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Callable, Container, Iterable
 from importlib import import_module
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 
-from bmojo_convert.exporting import Target, exported_folder, open_exportable, record
-from bmojo_convert.step import Commit, Decode, ExportError, Graph, Prefill, position_cycle, state_leaves
+from bmojo_convert.export_folder import ExportError, Target, exported_folder
+from bmojo_convert.exporting import open_exportable, record
+from bmojo_convert.onnx_layers import OPSET, whole
+from bmojo_convert.step import Commit, Decode, Graph, Prefill, position_cycle, state_leaves
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.tensors import write_text
 from bmojo_edge.torch import Model
@@ -27,7 +29,6 @@ from bmojo_edge.torch import Model
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OPSET = 21  # has everything that is needed; newer ones are in fewer runtimes
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph
 ALIGNMENT = 4096  # of tensors in the file of weights, so that runtimes may map it
@@ -61,10 +62,11 @@ def to_onnx(
     for package in PACKAGES:  # before minutes of work
         import_module(package)
     lm = open_exportable(model)
-    graphs: dict[str, Graph] = {"decode": Decode(lm), "prefill": Prefill(lm)}
+    graphs: dict[str, Graph] = {"decode": Decode(lm, scatters=True), "prefill": Prefill(lm, scatters=True)}
     commit = Commit(lm)
     if commit.layers:
         graphs["commit"] = commit
+    described: dict[str, Any] = {}
     with exported_folder(Path(out), Target.onnx, overwrite) as folder:
         with Weights(folder / WEIGHTS) as weights:
             for name, graph in graphs.items():
@@ -76,10 +78,11 @@ def to_onnx(
                     proto = quantized(proto, BITS[quantize])
                 weights.take(proto)
                 (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
+                described[name] = {"file": f"{name}.onnx", **description(proto)}
                 _tell(progress, name, 1)
         _tell(progress, "check", 0)
         record(folder, lm)
-        write_text(folder / "manifest.json", json.dumps(manifest(lm, graphs, quantize), indent=1) + "\n")
+        write_text(folder / "manifest.json", json.dumps(manifest(lm, described, quantize), indent=1) + "\n")
         _check(folder, quantize)
         _tell(progress, "check", 1)
     return Path(out)
@@ -93,37 +96,11 @@ def _tell(progress: Progress | None, stage: str, done: int) -> None:
 # --- one graph --------------------------------------------------------------------------------------------------------
 
 
-def outputs_of(graph: Graph) -> list[str]:
-    """Names of a graph's outputs, in order."""
-    if isinstance(graph, Commit):
-        return [*(f"choice.{i}" for i in graph.layers), *(f"new.{name}" for name in graph.changed)]
-    return ["logits", *(f"new.{name}" for name in graph.names)]
-
-
 def export_graph(graph: Graph) -> ModelProto:
     """A graph as ONNX, its batch dynamic, its weights in memory."""
     import onnx
 
-    examples = graph.examples(batch=2)
-    names = [*graph.inputs, *graph.names]
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.onnx.export(
-        graph.eval(),
-        tuple(examples[name] for name in names),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=names,
-        output_names=outputs_of(graph),
-        dynamic_shapes=(tuple({0: batch} for _ in names),),
-        external_data=False,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:  # where in which Python file it came from
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    del proto.graph.value_info[:]
+    proto = whole(graph)
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     onnx.checker.check_model(_without_weights(proto), full_check=True)
     return proto
@@ -131,17 +108,14 @@ def export_graph(graph: Graph) -> ModelProto:
 
 def _without_weights(proto: ModelProto) -> ModelProto:
     """The graph for the checker, which cannot take 2 GB: large weights become inputs."""
-    from onnx import ModelProto, helper
+    from onnx import helper
 
-    large = {x.name: x for x in proto.graph.initializer if len(x.raw_data) >= INLINE_BYTES}
-    light = ModelProto()
-    light.CopyFrom(proto)
-    kept = [x for x in light.graph.initializer if x.name not in large]
-    del light.graph.initializer[:]
-    light.graph.initializer.extend(kept)
-    given = [helper.make_tensor_value_info(x.name, x.data_type, list(x.dims)) for x in large.values()]
-    light.graph.input.extend(given)
-    return light
+    graph = proto.graph
+    large = [x for x in graph.initializer if len(x.raw_data) >= INLINE_BYTES]
+    kept = [x for x in graph.initializer if len(x.raw_data) < INLINE_BYTES]
+    given = [helper.make_tensor_value_info(x.name, x.data_type, list(x.dims)) for x in large]
+    light = helper.make_graph(graph.node, graph.name, [*graph.input, *given], graph.output, kept)
+    return helper.make_model(light, opset_imports=proto.opset_import, ir_version=proto.ir_version)
 
 
 def _tables(proto: ModelProto) -> set[str]:
@@ -164,8 +138,6 @@ def quantized(proto: ModelProto, bits: int) -> ModelProto:
 
 def _quantizer() -> tuple[Any, Any]:
     """onnxruntime's quantiser; importing it gives the root logger a handler and a level, which are taken back."""
-    import logging
-
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     from onnxruntime.quantization import matmul_nbits_quantizer
@@ -288,7 +260,26 @@ class Weights:
         return self._places[found]
 
 
-def manifest(lm: Model, graphs: dict[str, Graph], quantize: str | None) -> dict[str, Any]:
+def description(proto: ModelProto) -> dict[str, list[str]]:
+    """A graph's inputs and outputs by name, and the leaves of the state that may be written where they are.
+
+    Those are read by one scatter alone, which makes their new value: whatever order nodes run in, a buffer bound as
+    both holds the right thing.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    inputs, outputs = [x.name for x in proto.graph.input], [x.name for x in proto.graph.output]
+    in_place = []
+    for name in inputs:
+        found = readers.get(name, [])
+        if len(found) == 1 and found[0].op_type == "ScatterElements" and found[0].output[0] == f"new.{name}":
+            in_place.append(name)
+    return {"inputs": inputs, "outputs": outputs, "in_place": in_place}
+
+
+def manifest(lm: Model, graphs: dict[str, Any], quantize: str | None) -> dict[str, Any]:
     """What a runner needs to know besides the graphs (docs/export.md)."""
     config = lm.config
     turns = turns_per_token(config)
@@ -297,10 +288,6 @@ def manifest(lm: Model, graphs: dict[str, Graph], quantize: str | None) -> dict[
         {"name": name, "shape": list(leaf.shape), "dtype": "float32", "fill": leaf.fill}
         for name, leaf in state_leaves(config).items()
     ]
-    described = {
-        name: {"file": f"{name}.onnx", "inputs": [*graph.inputs, *graph.names], "outputs": outputs_of(graph)}
-        for name, graph in graphs.items()
-    }
     return {
         "format": Target.onnx.value,
         "version": 1,
@@ -311,7 +298,7 @@ def manifest(lm: Model, graphs: dict[str, Graph], quantize: str | None) -> dict[
         "chunk": config.chunk_size,
         "position": {"base": base, "period": period},
         "turns": None if turns is None else [str(turn) for turn in turns],
-        "graphs": described,
+        "graphs": graphs,
         "state": state,
         "made_with": {name: importlib.metadata.version(name) for name in ("torch", *PACKAGES)},
     }

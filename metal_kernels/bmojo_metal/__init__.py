@@ -7,7 +7,7 @@ Knows nothing of models, checkpoints or the rest of bmojo-edge; imports MLX and 
 from bmojo_metal.attention import Band, Pinned, Queries, memory_attention
 from bmojo_metal.attention_step import Slots, memory_attention_step
 from bmojo_metal.conv import silu_conv
-from bmojo_metal.launch import kernels_available, use_kernels
+from bmojo_metal.launch import exported, kernels_available, use_kernels
 from bmojo_metal.linear import Linear, Unrounded, linear_wide
 from bmojo_metal.norm import add_rms_norm
 from bmojo_metal.rotation import Rotary, rotate, rotate_token
@@ -27,6 +27,7 @@ __all__ = [
     "Slots",
     "Unrounded",
     "add_rms_norm",
+    "exported",
     "innovation_scores",
     "innovation_step",
     "kernels_available",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +40,7 @@ _ATTENTION = Kernel(
 class Queries(NamedTuple):
     """Where the t query tokens of a call stand."""
 
-    start: tuple[int, ...]  # position of each row's first token
+    start: tuple[int, ...] | None  # position of each row's first token, None = known to the device alone
     position: mx.array  # (b, t) int64: neighbours in every row
     chunk: mx.array | None  # (b, t) ordinal of the token's chunk, ascending; None where nothing is chosen by chunk
     masks: dict[tuple[int, ...], mx.array]  # masks made so far: layers of one call share them
@@ -80,7 +80,8 @@ def memory_attention(bands: Sequence[Band], pinned: Pinned | None, at: Queries, 
     """
     _check(bands, pinned, at)
     if kernels_available() and _has_kernel(bands, pinned):
-        reach = max(at.start) + bands[0].q.shape[2]  # what is not nearer than this, no token sees
+        # What is not nearer than this, no token sees.
+        reach = math.inf if at.start is None else max(at.start) + bands[0].q.shape[2]
         seen = [band for band in bands if band.near < reach]
         pins = pinned if pinned is not None and pinned.near < reach else None
         if len(seen) > 1 or pins is not None:
@@ -99,7 +100,7 @@ def _check(bands: Sequence[Band], pinned: Pinned | None, at: Queries) -> None:
         raise ValueError(f"{op}: {h} query heads do not share {g} key/value heads evenly")
     dtypes = (bands[0].q.dtype,) if bands[0].q.dtype in FLOATS else FLOATS
     require_shapes(op, position=(at.position, (b, t)))
-    if len(at.start) != b:
+    if at.start is not None and len(at.start) != b:
         raise ValueError(f"{op}: start must have {b} positions, got {len(at.start)}")
     for m in (*bands, *(() if pinned is None else (pinned,))):
         n = m.k.shape[2] if m.k.ndim == 4 else 0
@@ -187,16 +188,19 @@ def _in_sight(band: Band, begin: int, end: int) -> slice:
 def _band_mask(band: Band, at: Queries, begin: int, end: int, seen: slice) -> mx.array:
     """0 where token begin .. end - 1 sees a column, else -inf: (1 or b, 1, tile, n) float32."""
     first = seen.start - (band.k.shape[2] - band.q.shape[2])  # of the columns, counted from the call's first token
-    unwritten = first < -min(at.start)
+    unwritten = at.start is None or first < -min(at.start)
     far, n = band.far or end - first, seen.stop - seen.start
     geometry = (end - begin, begin - first, n, band.near, far, first if unwritten else 0)
     if geometry not in at.masks:
         columns = first + np.arange(n)
         distance = np.arange(begin, end)[:, None] - columns
-        visible = ((distance >= band.near) & (distance < far))[None]
-        if unwritten:
+        visible: Any = ((distance >= band.near) & (distance < far))[None]
+        if at.start is None:
+            written = mx.array(columns) >= -at.position[:, :1]
+            visible = mx.array(visible) & written[:, None]
+        elif unwritten:
             visible = visible & (columns >= -np.array(at.start)[:, None])[:, None]
-        at.masks[geometry] = mx.array(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None])
+        at.masks[geometry] = mx.where(mx.array(visible), 0.0, -math.inf)[:, None]
     return at.masks[geometry]
 
 
@@ -226,7 +230,7 @@ def _plain(bands: Sequence[Band], pinned: Pinned | None, at: Queries, scale: flo
         end = min(begin + QUERY_TILE, t)
         seen = [_in_sight(band, begin, end) for band in bands]
         bands_seen = [(band, part) for band, part in zip(bands, seen, strict=True) if part.start < part.stop]
-        pins = pinned is not None and max(at.start) + end > pinned.near
+        pins = pinned is not None and (at.start is None or max(at.start) + end > pinned.near)
         if len(bands_seen) == 1 and not pins:
             out.append(_one_band(*bands_seen[0], at, begin, end, scale))
             continue
@@ -247,7 +251,7 @@ def _plain(bands: Sequence[Band], pinned: Pinned | None, at: Queries, scale: flo
 def _one_band(band: Band, seen: slice, at: Queries, begin: int, end: int, scale: float) -> mx.array:
     """MLX's own attention does where there is a single memory: (b, h, tile, p)."""
     q, k, v = band.q[:, :, begin:end], band.k[:, :, seen], band.v[:, :, seen]
-    if band.far is None and len(set(at.start)) == 1:
+    if band.far is None and at.start is not None and len(set(at.start)) == 1:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     mask = _band_mask(band, at, begin, end, seen).astype(q.dtype)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

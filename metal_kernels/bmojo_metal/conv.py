@@ -8,7 +8,15 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx import nn
 
-from bmojo_metal.launch import FLOATS, Kernel, kernels_available, require_dtypes, require_shapes, with_gradient
+from bmojo_metal.launch import (
+    FLOATS,
+    Kernel,
+    contiguous,
+    kernels_available,
+    require_dtypes,
+    require_shapes,
+    with_gradient,
+)
 
 _CONV = Kernel("conv", ("x", "past", "weight", "bias", "lengths"), ("y", "last"), strided=True)
 
@@ -42,10 +50,10 @@ def _metal(
 ) -> tuple[mx.array, mx.array]:
     (b, t, d), taps = x.shape, weight.shape[1]
     lengths = mx.array([t] * b, mx.int32) if lengths is None else lengths.astype(mx.int32)
-    weight = mx.contiguous(weight)
+    weight = contiguous(weight)
     unbiased = bias is None
     y, last = _CONV(
-        [x, mx.contiguous(past), weight, weight if bias is None else mx.contiguous(bias), mx.contiguous(lengths)],
+        [x, contiguous(past), weight, weight if bias is None else contiguous(bias), contiguous(lengths)],
         [(x.shape, x.dtype), (past.shape, x.dtype)],
         grid=(d, t, b),
         threadgroup=(min(d, 256), 1, 1),

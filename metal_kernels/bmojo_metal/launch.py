@@ -19,6 +19,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SIMD = 32  # threads of a SIMD-group
 
 _chosen: ContextVar[bool | None] = ContextVar("_chosen", default=None)
+_exported: ContextVar[bool] = ContextVar("_exported", default=False)
 
 
 def kernels_available() -> bool:
@@ -42,11 +43,27 @@ def use_kernels(on: bool) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextmanager
+def exported() -> Iterator[None]:
+    """Within the block, ops are made of what MLX can write to a file: kernels without gradients, no `mx.contiguous`."""
+    token = _exported.set(True)
+    try:
+        yield
+    finally:
+        _exported.reset(token)
+
+
+def contiguous(x: mx.array) -> mx.array:
+    """x as a strided kernel's inputs that are read without strides must be; exported kernels see to that themselves."""
+    return x if _exported.get() else mx.contiguous(x)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The kernel of the body file `<name>.metal`.
 
-    strided: inputs are read through their strides, never copied; helpers: header files behind `common.metal`.
+    strided: inputs are read through their strides, not copied, unless exported; helpers: header files behind
+    `common.metal`.
     """
 
     name: str
@@ -64,7 +81,7 @@ class Kernel:
         template: Sequence[tuple[str, Any]] = (),
     ) -> list[mx.array]:
         """Outputs of these shapes and dtypes; the grid counts threads."""
-        return _made(self, mx.fast.metal_kernel)(
+        return _made(self, mx.fast.metal_kernel, self.strided and not _exported.get())(
             inputs=list(inputs),
             output_shapes=[tuple(shape) for shape, _ in outputs],
             output_dtypes=[dtype for _, dtype in outputs],
@@ -80,19 +97,21 @@ def text(name: str) -> str:
 
 
 @cache
-def _made(kernel: Kernel, maker: Callable[..., Any]) -> Any:
+def _made(kernel: Kernel, maker: Callable[..., Any], strided: bool) -> Any:
     return maker(
         name=f"bmojo_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=text(kernel.name),
         header="\n".join(text(name) for name in ("common", *kernel.helpers)),
-        ensure_row_contiguous=not kernel.strided,
+        ensure_row_contiguous=not strided,
     )
 
 
 def with_gradient(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` of arrays, with the gradient of `reference`, which computes the same of the same arrays."""
+    if _exported.get():
+        return kernel
     function = mx.custom_function(kernel)
 
     @function.vjp

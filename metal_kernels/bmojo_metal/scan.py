@@ -15,6 +15,7 @@ from bmojo_metal.launch import (
     FLOATS,
     SIMD,
     Kernel,
+    contiguous,
     kernels_available,
     require_dtypes,
     require_shapes,
@@ -116,10 +117,10 @@ def _metal(
 ) -> tuple[mx.array, mx.array]:
     (b, t, _), out = x.shape, []
     lengths = mx.array([t] * b, mx.int32) if lengths is None else lengths.astype(mx.int32)
-    A_log, D, state = (mx.contiguous(y) for y in (A_log, D, state))
+    A_log, D, state = (contiguous(y) for y in (A_log, D, state))
     for begin in range(0, t, CHUNK * LONGEST):
         part = slice(begin, begin + CHUNK * LONGEST)
-        seen = mx.contiguous(lengths - begin if begin else lengths)
+        seen = contiguous(lengths - begin if begin else lengths)
         y, state = _part(x[:, part], dt[:, part], A_log, B[:, part], C[:, part], D, z[:, part], state, seen)
         out.append(y)
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=1), state

@@ -80,6 +80,20 @@ def test_models_equal_the_oracle(name: str, bodies: set[str]) -> None:
     assert bodies >= (BODIES if name != "mamba" else MAMBA)
 
 
+def test_what_is_written_into_exports_equals_the_oracle(bodies: set[str]) -> None:
+    """Kernels without their gradients, all inputs contiguous."""
+    config = odd("bmojo")
+    weights, tokens = random_weights(config), random_tokens(config, 1, 13)
+    model, want = load_weights(Model(config), weights), reference.forward(config, weights, tokens)[0]
+    with kernels(Run(mode="fast")), bmojo_metal.launch.exported():
+        got, state = model.forward(tokens[:, :5])
+        assert_close(got, want[:, :5], BOUND)
+        got, state = model.forward(tokens[:, 5:12], state)
+        assert_close(got, want[:, 5:12], BOUND)
+        assert_close(model.decode_one_token(tokens[:, 12], state)[0], want[:, 12], BOUND)
+    assert bodies >= BODIES
+
+
 def test_a_model_passes_the_checker() -> None:
     config = GRID["all"]
     weights = random_weights(config)

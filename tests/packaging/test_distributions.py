@@ -51,6 +51,8 @@ def test_wheel_holds_every_file_of_the_four_packages_and_nothing_else(tree: Path
     got = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert got == expected
     assert "bmojo_metal/planted_kernel.metal" in got
+    page = {"index.html", "app.js", "style.css", "vendor/purify.js", "vendor/purify.LICENSE"}
+    assert {f"bmojo_edge/server/page/{file}" for file in page} <= got
     assert not any(part in name for name in got for part in ("test", ".pyc"))
 
 

@@ -24,7 +24,8 @@ except ModuleNotFoundError as error:
 
 from apps.coreml import selftest
 from bmojo_convert import to_coreml as exporter
-from bmojo_convert.step import Decode, ExportError
+from bmojo_convert.export_folder import ExportError
+from bmojo_convert.step import Decode
 from bmojo_convert.to_coreml import to_coreml
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.cli import app

@@ -7,13 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from bmojo_convert.export_folder import ExportError, check_exportable  # noqa: E402
 from bmojo_convert.step import (  # noqa: E402
     Commit,
     Decode,
-    ExportError,
     Prefill,
     angles,
-    check_exportable,
     fresh_state,
     position_cycle,
 )
@@ -25,16 +24,17 @@ from bmojo_edge.torch.load import load_weights  # noqa: E402
 from tests.helpers import GRID, assert_close, odd, random_tokens, random_weights  # noqa: E402
 
 CONSTANT = {name: config for name, config in GRID.items() if not config.growing_layers}
+CONSTANT["windows shorter than a chunk"] = odd("attention", "attention", ssm=None, attention_window=2, n_eidetic=0)
 LENGTH = 45
 
 
 class Runner:
     """Drives the graphs as a host does."""
 
-    def __init__(self, config: Config, weights: dict[str, np.ndarray], batch: int) -> None:
+    def __init__(self, config: Config, weights: dict[str, np.ndarray], batch: int, scatters: bool = False) -> None:
         model = load_weights(Model(config), weights).eval()
         self.config, self.batch = config, batch
-        self.decode, self.prefill, self.commit = Decode(model), Prefill(model), Commit(model)
+        self.decode, self.prefill, self.commit = Decode(model, scatters), Prefill(model, scatters), Commit(model)
         self.state, self.position = fresh_state(config, batch), 0
         self.held = {i: np.full((batch, config.n_eidetic), -1) for i in self.commit.layers}  # positions in slots
 
@@ -71,13 +71,13 @@ class Runner:
 
 
 @pytest.mark.parametrize("name", CONSTANT)
-@pytest.mark.parametrize("how", ["tokens", "both"])
+@pytest.mark.parametrize("how", ["tokens", "both", "both, by scatters"])
 def test_step_is_the_oracle(name: str, how: str) -> None:
     """Token by token, and with two of three chunks at once. Every chunk's choice is compared too."""
     config = CONSTANT[name]
     weights, tokens = random_weights(config), random_tokens(config, 2, LENGTH)
     ref, _, memory = reference.forward(config, weights, tokens, return_memory=True)
-    runner, chunk, at = Runner(config, weights, 2), config.chunk_size, 0
+    runner, chunk, at = Runner(config, weights, 2, "scatters" in how), config.chunk_size, 0
     while at < LENGTH:
         whole = at % chunk == 0 and at + chunk <= LENGTH and how != "tokens" and at // chunk % 3 != 1
         size = chunk if whole else 1

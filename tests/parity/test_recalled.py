@@ -15,6 +15,7 @@ from bmojo_edge.reference_memory import rotate
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.state import ELSEWHERE, RecalledState, State
 from bmojo_edge.storage_blocks import Shape, blocks_of, packed, unpacked
+from bmojo_edge.storage_index import block_scores
 from tests.helpers import GRID, assert_close, assert_states_close, odd, random_tokens, random_weights, to_numpy
 from tests.twins import ENGINES, build
 
@@ -144,10 +145,12 @@ def check_bytes(model: Any, config: Config, shape: Shape) -> None:
         np.testing.assert_array_equal(to_host(model.window_blocks(state, begin, count, shape))(), want)
         assert blocks_of(want, shape).payloads.any()
         payloads = blocks_of(want, shape).payloads.reshape(2, -1, shape.payload_bytes)
-        got = model.recalled_blocks(payloads, shape)
-        like = as_engine(unpacked(payloads, shape), got)
-        ref = like.to(got.dtype) if hasattr(like, "to") else like.astype(got.dtype)
-        np.testing.assert_array_equal(to_numpy(got), to_numpy(ref))
+        found, ref = model.recalled_blocks(payloads, shape), unpacked(payloads, shape)
+        assert len(found) == 2 * len(shape.layers)
+        for got, array in zip(found, ref.reshape(-1, *ref.shape[2:]), strict=True):
+            like = as_engine(array, got)
+            like = like.to(got.dtype) if hasattr(like, "to") else like.astype(got.dtype)
+            np.testing.assert_array_equal(to_numpy(got), to_numpy(like))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -167,3 +170,20 @@ def test_a_gpus_blocks_are_numpys_bit_for_bit(dtype: str) -> None:
     config = KEPT["sinks"].replace(dtype=dtype)
     model = build("torch", config, random_weights(config)).cuda()
     check_bytes(model, config, shape_for(config, block=4))
+
+
+def test_the_scorer_of_a_gpu_computes_what_numpy_does() -> None:
+    torch, rng = pytest.importorskip("torch"), np.random.default_rng(0)
+    from bmojo_edge.torch.recalled import scores_of_blocks
+
+    queries, summaries = rng.standard_normal((6, 3, 8)).astype("f4"), rng.standard_normal((150, 4, 2, 8)).astype("f2")
+    got = scores_of_blocks(torch.from_numpy(queries), torch.from_numpy(summaries)).numpy()
+    np.testing.assert_allclose(got, block_scores(queries, summaries), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_a_gpu_scores_blocks_as_numpy_does() -> None:
+    config, rng = KEPT["sinks"], np.random.default_rng(0)
+    scorer = build("torch", config, random_weights(config)).cuda().block_scorer()
+    queries, summaries = rng.standard_normal((6, 3, 8)).astype("f4"), rng.standard_normal((50, 4, 2, 8)).astype("f2")
+    np.testing.assert_allclose(scorer(queries, summaries), block_scores(queries, summaries), rtol=1e-4, atol=1e-5)

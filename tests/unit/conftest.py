@@ -7,13 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from bmojo_edge import checkpoint
+from bmojo_edge.config import Config
+from bmojo_edge.tokenizer import Tokenizer
 from tests.absent import absent
+from tests.helpers import random_weights
 from tests.unit import tokenizer_folders
 
 
 @pytest.fixture(scope="session")
 def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tokenizer_folders.byte_level(tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_folder: Path) -> Path:
+    """A tiny model with random weights, as commands open it."""
+    config = Config.preset("tiny", vocab_size=Tokenizer.load(byte_level_folder).vocab_size)
+    path = tmp_path_factory.mktemp("model") / "small"
+    checkpoint.save(path, config, random_weights(config), byte_level_folder)
+    return path
 
 
 @pytest.fixture(scope="session")

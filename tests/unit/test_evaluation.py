@@ -191,7 +191,7 @@ def test_metrics_are_those_of_the_definition(lm: Scorer, sets: Path) -> None:
         for found, row in zip(logs, CHOICES, strict=True)
     ]
     result = evaluation.evaluate(lm, known["quiz"])
-    assert result.examples == 3 and set(result.metrics) == {"acc", "acc_norm"}
+    assert result.examples == 3 and set(result.metrics) == {"acc", "acc_norm", "acc_token"}
     for name, hits in (("acc", plain), ("acc_norm", normed)):
         assert result.metrics[name].value == pytest.approx(np.mean(hits))
         assert result.metrics[name].stderr == pytest.approx(np.std(hits, ddof=1) / math.sqrt(3))

@@ -104,5 +104,21 @@ def test_a_session_keeps_one_state_per_turn_and_no_more(tokenizer: Tokenizer) ->
         for _ in session.say(text, max_tokens=5):
             pass
     assert [turn.before is not None for turn in session.turns] == [False, False, True]
-    assert session._start is not None and session._point.asked is not None
-    assert session._point.nbytes == 2 * lm.config.state_bytes()
+    assert session._start is not None
+    assert session._point.asked is None  # the template leaves answers as they are
+    assert session._point.nbytes == lm.config.state_bytes()
+    assert session.held_bytes == 3 * lm.config.state_bytes()  # now, before the last turn, before the first
+
+
+def test_sessions_can_begin_from_one_state(tokenizer: Tokenizer) -> None:
+    lm = make("mlx", tokenizer)
+    blank = lm.init_state()
+    one, other = (Session(lm, snapshot_bytes=0, blank=blank) for _ in range(2))
+    assert one.held_bytes == other.held_bytes == 0
+    alone = Session(lm)
+    for session in (one, other, alone):
+        for text in ("Hello", "the river"):
+            for _ in session.say(text, max_tokens=9):
+                pass
+    assert one.messages == other.messages == alone.messages
+    assert one.held_bytes == 2 * lm.config.state_bytes()

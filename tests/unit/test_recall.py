@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from tests.helpers import assert_close, odd, random_tokens, random_weights, to_n
 from tests.twins import ENGINES, build
 
 WINDOWED = odd(window=16, chunk=4, ssm=None, n_eidetic=3)
-CASES = {"windowed": WINDOWED, "all memories": odd(window=16, chunk=3), "no rope": odd(window=16, rope_theta=None),
+CASES = {"windowed": WINDOWED, "sinks alone": odd(window=16, chunk=4, ssm=None, n_eidetic=0, n_sinks=3),
+         "all memories": odd(window=16, chunk=3), "no rope": odd(window=16, rope_theta=None),
          "mixed": odd("bmojo", "attention", "bmojo", window=16, attention_window=(None, 5, None))}  # fmt: skip
 T = 64
 BOUND = 2e-5
@@ -115,6 +117,70 @@ def test_the_writers_pace_changes_nothing(references: Any, tmp_path: Path, monke
     np.testing.assert_allclose(logits, references["torch", "windowed"][0], rtol=1e-5, atol=1e-6)
     assert_same(state, references["torch", "windowed"][1])
     lm.store.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_choices_are_made_while_tokens_go_on(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that does not end holds nobody up before its blocks are due, one stretch later."""
+    lm, tokens = with_store(engine, WINDOWED, tmp_path / "s"), random_tokens(WINDOWED, 1, T)
+    go, choose = threading.Event(), lm.store.choose
+
+    def held_up(*arguments: Any) -> np.ndarray:
+        assert go.wait(20)
+        return choose(*arguments)
+
+    go.set()
+    monkeypatch.setattr(lm.store, "choose", held_up)
+    _, state = feed(lm, tokens[:, :50], lm.init_state(), [])
+    before = to_numpy(state.layers[0].recalled.positions)
+    go.clear()
+    for t in range(50, 60):  # the first of these begins the choice, and the one after the last needs it
+        _, state = lm.decode_one_token(tokens[:, t], state)
+    went_on = to_numpy(state.layers[0].recalled.positions)  # what was asked for at 40
+    assert (went_on >= 0).any() and (went_on != before).any()
+    threading.Timer(0.2, go.set).start()
+    began = time.perf_counter()
+    _, state = lm.decode_one_token(tokens[:, 60], state)
+    assert time.perf_counter() - began > 0.15
+    lm.store.close()
+
+
+@pytest.mark.parametrize("how", ["slow", "lost"])
+def test_when_a_choice_ends_changes_nothing(
+    how: str, references: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow one is waited for; one that was lost, as with a state from a file, is made anew."""
+    lm = with_store("torch", WINDOWED, tmp_path / "s")
+    choose = lm.store.choose
+    if how == "slow":
+        monkeypatch.setattr(lm.store, "choose", lambda *a: (time.sleep(0.05), choose(*a))[1])
+    tokens, state, logits = random_tokens(WINDOWED, 2, T), lm.init_state(2), None
+    for begin in range(0, T, 8):
+        logits, state = lm.prefill(tokens[:, begin : begin + 8], state)
+        if how == "lost":
+            lm._begun.clear()
+    np.testing.assert_allclose(to_numpy(logits), references["torch", "windowed"][0], rtol=1e-5, atol=1e-6)
+    assert_same(state, references["torch", "windowed"][1])
+    lm.store.close()
+
+
+def test_blocks_that_are_being_chosen_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full store lets go of the oldest blocks only after choices begun before have read what they chose."""
+    found = []
+    for pause in (0.0, 0.05):
+        model, shape = build("torch", WINDOWED, random_weights(WINDOWED)), shape_for(WINDOWED, block=4)
+        a_block = shape.payload_bytes + shape.entry.itemsize + 4 * shape.summary_bytes
+        store = Store.create(tmp_path / str(pause), shape, identity(WINDOWED), disk_bytes=16 * a_block)
+        lm = WithStorage(model, store, top_k=2, every=10, queries=3)
+        read = store.read
+        monkeypatch.setattr(store, "read", lambda *a, p=pause, read=read: (time.sleep(p), read(*a))[1])
+        assert store.capacity == 16
+        logits, state = feed(lm, random_tokens(WINDOWED, 1, 200), lm.init_state(), [])
+        assert int(store._ids.min()) > 1  # some were replaced
+        found.append((logits, state))
+        store.close()
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -157,3 +157,12 @@ def test_options_out_of_range_are_named(field: str, values: list[Any]) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     assert Sampling(temperature=np.float32(0.5), top_k=np.int64(3)).top_k == 3  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e38, 1.7e308])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_beyond_all_measure_still_chooses(penalty: float, temperature: float) -> None:
+    logits = np.array([1.0, -2.0, 0.0, 3.0], np.float32)
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty, seed=0), 4, [0, 1, 2])
+    assert sampler.choose(logits).id == (0 if penalty < 1 else 3)
+    assert np.isfinite(penalised(logits, penalty, np.array([True, True, True, False]))).all()

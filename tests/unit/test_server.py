@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,64 +15,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from bmojo_edge import checkpoint
-from bmojo_edge.config import Config
 from bmojo_edge.engine import LM
 from bmojo_edge.generate import prompt_ids, stream
-from bmojo_edge.server.app import Limits, build
+from bmojo_edge.server.app import Limits
 from bmojo_edge.tokenizer import Tokenizer
-from tests.helpers import random_weights
+from tests.unit.serving import Served, command, serve, serving, until
 from tests.unit.test_generation_engines import make
 
 ROOT = Path(__file__).parents[2]
 
-LIMITS = Limits(slots=12, max_running=6, max_waiting=40, max_prompt=200, max_tokens=300, max_body=20_000)
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
-
-
-class Served:
-    """A running server and its clients."""
-
-    def __init__(self, lm: LM, address: str) -> None:
-        self.lm, self.address = lm, address
-        self.http = httpx.Client(base_url=address, timeout=30)
-        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=30)
-
-    def health(self) -> dict[str, Any]:
-        return self.http.get("/health").json()
-
-    def alone(self, prompt: Any, **options: Any) -> str:
-        return "".join(token.text for token in stream(self.lm, prompt, **options))
-
-    def post(self, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
-        return self.http.post(path, json=body)
-
-
-@contextmanager
-def serving(lm: LM, limits: Limits = LIMITS, api_key: str | None = None) -> Iterator[Served]:
-    server = uvicorn.Server(uvicorn.Config(build(lm, "tiny", limits, api_key), log_level="warning", ws="none"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        until(lambda: server.started)
-        served = Served(lm, f"http://127.0.0.1:{listener.getsockname()[1]}")
-        try:
-            yield served
-        finally:
-            served.http.close()
-            served.openai.close()
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -363,67 +313,32 @@ def test_a_model_that_fails_is_an_error_and_the_server_goes_on(lm: LM, monkeypat
 
 
 def test_shutting_down_ends_open_answers(endless: LM) -> None:
-    app = build(endless, "tiny", Limits(slots=1, max_tokens=100_000))
-    config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        until(lambda: server.started)
-        with open_stream(Served(endless, f"http://127.0.0.1:{listener.getsockname()[1]}")):
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    with serving(endless, Limits(slots=1, max_tokens=100_000)) as served, open_stream(served):
+        served.stop()
 
 
 # --- the command
 
 
-def serve(*arguments: str) -> subprocess.Popen[str]:
-    code = "from bmojo_edge.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *arguments],
-        cwd=ROOT, env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}, text=True, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_folder: Path) -> Path:
-    config = Config.preset("tiny", vocab_size=Tokenizer.load(byte_level_folder).vocab_size)
-    path = tmp_path_factory.mktemp("served") / "small"
-    checkpoint.save(path, config, random_weights(config), byte_level_folder)
-    return path
-
-
-def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
-    child = serve(str(folder), "--port", "0", "--state-mib", "1")
-    try:
-        assert child.stderr is not None
-        said = ""
-        while "running on" not in said:
-            line = child.stderr.readline()
-            assert line, said
-            said += line
-        slot = checkpoint.read(folder)[0].state_bytes()
-        assert f"small: {2**20 // slot} sessions of {slot / 2**20:.1f} MiB each" in said
-        address = re.findall(r"http://127\.0\.0\.1:\d+", said)[0]
+def test_the_command_serves_until_it_is_told_to_end(model_folder: Path) -> None:
+    with command(model_folder, "--state-mib", "1", "--no-save", "--no-page") as (child, address, said):
+        slot = checkpoint.read(model_folder)[0].state_bytes()
+        assert f"small: {2**20 // slot} states of {slot / 2**20:.1f} MiB each" in said
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             answer = client.chat.completions.create(model="small", messages=HELLO, max_tokens=3)
             assert answer.usage is not None and answer.usage.completion_tokens >= 1
         child.send_signal(signal.SIGTERM)
         child.communicate(timeout=20)
         assert child.returncode in (0, -signal.SIGTERM)  # uvicorn ends, then raises the signal it was sent
-    finally:
-        child.kill()
-        child.communicate()
 
 
-def test_the_command_says_what_it_cannot_do(folder: Path) -> None:
+def test_the_command_says_what_it_cannot_do(model_folder: Path) -> None:
     for arguments, code, says in (
         (("--api-key", ""), 2, "--api-key"),
         (("--port", "70000"), 2, "--port"),
+        (("--no-save", "--sessions-dir", "x"), 2, "--sessions-dir"),
     ):
-        child = serve(str(folder), *arguments)
+        child = serve(str(model_folder), *arguments)
         _, stderr = child.communicate(timeout=30)
         assert child.returncode == code
         assert says in stderr

@@ -147,6 +147,22 @@ def test_a_long_prompt_does_not_hold_up_the_others(mlx_lm: LM) -> None:
     assert reader.ids == alone(mlx_lm, long, max_tokens=3)
 
 
+def test_short_prompts_are_read_together(mlx_lm: LM) -> None:
+    scheduler = Scheduler(mlx_lm, slots=8, block=10)
+    first, *short, long = (Asked(mlx_lm, ids, max_tokens=30) for ids in prompts(mlx_lm, 3, 4, 4, 4, 4, 60))
+    scheduler.submit(first)
+    scheduler.step()
+    for job in (long, *short):
+        scheduler.submit(job)
+    scheduler.step()  # a block of the long one
+    assert scheduler.counts[1:3] == (5, 1)
+    scheduler.step()  # three of the short ones, of three tokens each but for the last
+    assert scheduler.counts[1:3] == (2, 4)
+    run(scheduler)
+    for job in (first, long, *short):
+        assert job.ids == alone(mlx_lm, job.prompt.tolist(), max_tokens=30)
+
+
 def test_cancelling_frees_the_place_and_leaves_the_others_as_they_were(mlx_lm: LM) -> None:
     scheduler = Scheduler(mlx_lm, slots=3, max_running=3, block=4)
     running, other, reading, waiting = (Asked(mlx_lm, ids, max_tokens=14) for ids in prompts(mlx_lm, 3, 4, 200, 6))

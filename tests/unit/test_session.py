@@ -522,3 +522,27 @@ def test_turns_are_copies(lm: FakeLM) -> None:
     dataclasses.replace(session.turns[0], answer="other")
     session.turns[0].answer = "changed"
     assert session.messages[1]["content"] == "ok"
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5])
+@pytest.mark.parametrize("template", [None, THINKING, MOVING])
+def test_a_conversation_told_again_goes_on_as_the_one_that_was_had(
+    tokenizer: Tokenizer, template: str | None, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bmojo_edge.session.BLOCK", 7)
+    lm = FakeLM(tokenizer if template is None else with_template(tokenizer, template))
+    had, told = Session(lm, system="Be brief."), Session(lm, system="Be brief.")
+    for i in range(turns):
+        say(had, f"question {i}", f"<think>no {i}</think>answer {i}")
+    blocks = list(told.retell([(turn.user, turn.answer) for turn in had.turns]))
+    assert len(blocks) > turns or not turns
+    assert told.messages == had.messages
+    assert ids_of(told) == ids_of(had)
+    assert told.rolling_hash == had.rolling_hash
+    if turns:
+        with pytest.raises(SessionError, match="first question"):
+            list(told.retell([]))
+        assert told.last_exchange()[2] == had.last_exchange()[2]
+        assert told.fork().rewind().rolling_hash == had.fork().rewind().rolling_hash
+    assert say(told, "and then?", "because") == say(had, "and then?", "because")
+    assert told.rolling_hash == had.rolling_hash

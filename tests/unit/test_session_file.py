@@ -146,7 +146,7 @@ def test_the_size_does_not_follow_the_past(tokenizer: Tokenizer, tmp_path: Path)
 def test_a_long_conversation_is_saved_in_bounded_room(
     lm: FakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bmojo_edge.session.SAVED_TEXT", SAVED_TEXT)
+    monkeypatch.setattr("bmojo_edge.turn.SAVED_TEXT", SAVED_TEXT)
     session = Session(lm)
     long = "x" * 4 * SAVED_TEXT
     sizes = set()
@@ -174,7 +174,7 @@ def test_a_long_conversation_is_saved_in_bounded_room(
 def test_long_texts_that_a_template_may_rewrite_are_saved_whole(
     tokenizer: Tokenizer, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bmojo_edge.session.SAVED_TEXT", SAVED_TEXT)
+    monkeypatch.setattr("bmojo_edge.turn.SAVED_TEXT", SAVED_TEXT)
     lm = FakeLM(with_template(tokenizer, template))
     session, long = Session(lm, system="s"), "the river " * (SAVED_TEXT // 5)
     for _ in range(2):

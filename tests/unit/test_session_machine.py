@@ -91,9 +91,13 @@ class Sessions(RuleBasedStateMachine):
         assert_states_equal(got.state, ref.state)
 
     def snapshots(self, held: Held) -> int:
-        """How many exchanges can be taken back."""
-        session = held.session
-        return next((n for n, turn in enumerate(reversed(session.turns)) if turn.before is None), len(session.turns))
+        """How many exchanges can be taken back one by one; the moment before the first is one of them while kept."""
+        session, n = held.session, len(held.session.turns)
+        return next((k for k in range(n) if session._before(n - 1 - k) is None), n)
+
+    def refused(self, held: Held, n: int) -> bool:
+        """Whether the states of n exchanges ago are gone."""
+        return n > self.snapshots(held) and not (n == len(held.script) and held.session._start is not None)
 
     @rule(held=held, text=TEXTS, options=OPTIONS)
     def say(self, held: Held, text: str, options: dict[str, Any]) -> None:
@@ -110,17 +114,22 @@ class Sessions(RuleBasedStateMachine):
         if n > len(held.script):
             with pytest.raises(ValueError, match="between 0 and"):
                 held.session.rewind(n)
-        elif n <= self.snapshots(held) or (n == len(held.script) and held.session._start is not None):
-            held.session.rewind(n)
-            del held.script[len(held.script) - n :]
-        else:
+        elif self.refused(held, n):
             with pytest.raises(SessionError, match="can be taken back"):
                 held.session.rewind(n)
+        else:
+            held.session.rewind(n)
+            del held.script[len(held.script) - n :]
         self.check(held)
 
     @rule(held=held, text=TEXTS, n=st.integers(1, 2), options=OPTIONS)
     def edit(self, held: Held, text: str, n: int, options: dict[str, Any]) -> None:
-        if n > self.snapshots(held):
+        if n > len(held.script):
+            return
+        if self.refused(held, n):
+            with pytest.raises(SessionError, match="can be taken back"):
+                held.session.edit(text, turns=n, max_tokens=self.length, **options)
+            self.check(held)
             return
         self.finish(held.session, held.session.edit(text, turns=n, max_tokens=self.length, **options))
         held.script[len(held.script) - n :] = [(text, repr(options))]
@@ -129,6 +138,11 @@ class Sessions(RuleBasedStateMachine):
     @rule(held=held, options=OPTIONS)
     def regenerate(self, held: Held, options: dict[str, Any]) -> None:
         if not held.script:
+            return
+        if self.refused(held, 1):
+            with pytest.raises(SessionError, match="can be taken back"):
+                held.session.regenerate(max_tokens=self.length, **options)
+            self.check(held)
             return
         self.finish(held.session, held.session.regenerate(max_tokens=self.length, **options))
         held.script[-1] = (held.script[-1][0], repr(options))

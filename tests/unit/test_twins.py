@@ -19,7 +19,7 @@ ROOT = Path(bmojo_edge.__file__).parent
 ONLY_MLX = {
     # The step runs apart from what the host decides before it, so that it can be compiled.
     "decode.py": {"Decoder", "TRACES", "run_step"},
-    "layout.py": {"LIVE_STEP", "live_slots", "as_mask", "pinned_rotary"},
+    "layout.py": {"LIVE_STEP", "live_slots", "as_mask"},
     "memory.py": {"slots_seen"},
     "mixers/attention.py": {"grown"},
     "model.py": {"integers"},
@@ -27,6 +27,7 @@ ONLY_MLX = {
     "layers.py": {"QuantizedExpertLinear", "linear", "linear_wide", "stored", "apply"},
     "ops.py": {"swiglu"},
     "load.py": {"as_array"},
+    "recalled.py": {"with_recalled"},
 }
 ONLY_TORCH = {
     # Packed documents are for training.
@@ -34,6 +35,8 @@ ONLY_TORCH = {
     # float64 for checking gradients; linear layers are plain functions of their weights.
     "ops.py": {"causal_conv", "SCAN_STEPS", "on_gpu", "Grid", "gated_scan", "why_plain"},
     "load.py": {"as_tensor"},
+    # What layers have in common of storage once a call, for a GPU waits for every call from Python; blocks it scores.
+    "recalled.py": {"AT_ONCE", "recalled_columns", "recalled_positions", "shared", "scores_of_blocks"},
 }
 
 

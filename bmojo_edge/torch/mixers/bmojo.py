@@ -68,7 +68,9 @@ class BMojo(Projections):
             queries = last_queries(queries, x.q, layout)
         o, state, sets = read_memories(self.config, x, scores, state, layout, forced)
         remembered = None if scores is None or sets is None else Remembered(scores, sets)
-        return self.o_proj(merge_heads(o)), state._replace(history=history, ssm=ssm, queries=queries), remembered
+        # Not _replace: torch 2.11's compiler cannot return what it makes.
+        state = BMojoState(*state[:4], history, ssm, state.recalled, queries)
+        return self.o_proj(merge_heads(o)), state, remembered
 
     def step(self, u: Tensor, state: BMojoState, step: Step) -> tuple[Tensor, BMojoState]:
         """One token: u (b, d)."""

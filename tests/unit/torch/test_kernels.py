@@ -79,24 +79,25 @@ def test_wired_ops_equal_the_plain_ones(name: str, packed: bool, monkeypatch: py
     assert called >= wanted
 
 
-@pytest.mark.parametrize("name", ["rotated, sinks", "no ssm"])
-def test_the_wired_op_reads_recalled_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of storage are slots like others: calls from a multiple of `chunk` on run in the kernel, others do not."""
+@pytest.mark.parametrize("eidetic", [8, 0])
+def test_the_wired_op_reads_recalled_blocks(eidetic: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of storage are slots like others: calls from a multiple of `chunk` on run in the kernel, others do not.
+
+    What layers that share their positions compute once is what each computes by itself.
+    """
     torch.manual_seed(0)
-    model, tokens = Model(config_of(name)), torch.randint(0, 64, (2, 200))
+    model, tokens = Model(config_of("no ssm", rope_theta=1e4, n_eidetic=eidetic)), torch.randint(0, 64, (2, 200))
     config, called, state = model.config, [], model.init_state(2)
     shape, positions = (2, config.kv_heads, 8, config.d_head), torch.tensor([[-2, 3, 40, -1, 90, -2, 5, 6]] * 2)
-    layers = [
-        layer._replace(recalled=RecalledState(torch.randn(shape), torch.randn(shape), positions))
-        for layer in state.layers
-    ]
+    blocks = [RecalledState(torch.randn(shape), torch.randn(shape), positions) for _ in state.layers]
     original = ops.bmojo_cuda.memory_attention
     monkeypatch.setattr(ops.bmojo_cuda, "memory_attention", lambda *a, **k: (called.append(1), original(*a, **k))[1])
     found = []
     for wired in (False, True):
         monkeypatch.setattr(ops, "on_gpu", lambda x, wired=wired: wired)
-        state, parts = state._replace(layers=tuple(layers)), []
-        after = state
+        own = [b if wired else b._replace(positions=positions.clone()) for b in blocks]
+        layers = [layer._replace(recalled=b) for layer, b in zip(state.layers, own, strict=True)]
+        after, parts = state._replace(layers=tuple(layers)), []
         with torch.no_grad():
             for begin, end in ((0, 64), (64, 96), (96, 199), (199, 200)):
                 logits, after = model(tokens[:, begin:end], after)

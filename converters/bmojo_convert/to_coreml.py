@@ -67,6 +67,9 @@ def to_coreml(
         raise ExportError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     _require_packages(weights)
     lm = open_exportable(model)
+    empty = [name for name, leaf in state_leaves(lm.config).items() if 0 in leaf.shape]
+    if empty:
+        raise ExportError(f"{', '.join(empty)}: Core ML has no empty arrays, so no convolution of one tap (d_conv 1)")
     graphs: dict[str, Graph] = {"decode": Decode(lm), "prefill": Prefill(lm)}
     commit = Commit(lm)
     if commit.layers:

@@ -176,7 +176,7 @@ def test_no_position_is_in_the_state(packages: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SSMS)
+@pytest.mark.parametrize("name", [name for name in SSMS if SSMS[name].get("d_conv") != 1])
 def test_mixers(name: str, tmp_path: Path) -> None:
     """mamba2, gdn and gka with every option, alone and in a bmojo layer, in float32."""
     kind = SSMS[name]["kind"]
@@ -244,6 +244,14 @@ def test_full_attention_is_refused_by_layer(tmp_path: Path) -> None:
         to_coreml(tmp_path / "model", tmp_path / "out")
     with pytest.raises(ExportError, match="weights: must be one of float32, float16"):
         to_coreml(tmp_path / "model", tmp_path / "out", weights="int2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_convolution_of_one_tap_is_refused(tmp_path: Path) -> None:
+    config = odd("mamba2", ssm=SSMS["mamba2, no conv bias, conv of one"], rope_theta=None)
+    checkpoint.save(tmp_path / "model", config, random_weights(config))
+    with pytest.raises(ExportError, match=r"layers\.0\.conv: Core ML has no empty arrays"):
+        to_coreml(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -109,6 +109,7 @@ def test_gradients_are_those_of_the_plain_op() -> None:
 def test_rows_of_a_batch_do_not_touch_each_other() -> None:
     bands, pinned, at = call_arguments()
     chunk: Any = at.chunk
+    assert at.start is not None
     with kernels(Run(mode="fast")):
         whole = memory_attention(bands, pinned, at, 0.3)
         for row in range(2):

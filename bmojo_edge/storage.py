@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from bmojo_edge.allocator import return_large_buffers
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
 from bmojo_edge.storage_files import HEAD, Files, StoreError
@@ -54,6 +55,7 @@ class Store:
         self, folder: str | Path, identity: Mapping[str, Any] | None = None, ram_bytes: int = RAM_BYTES,
         segment: int = SEGMENT, writers: int = WRITERS,
     ) -> None:  # fmt: skip
+        return_large_buffers()
         self.folder = Path(folder)
         self._files = Files(self.folder)
         try:

@@ -59,8 +59,9 @@ def public_names(path: Path) -> tuple[set[str], set[str]]:
 
 
 def test_files_mirror() -> None:
-    # What trains (train, data, distill ...) is PyTorch's alone; what mlx-lm runs is MLX's.
-    assert files("mlx") - files("torch") == {"decode.py", "bmojo_model.py", "mlx_lm_engine.py"}
+    # What trains (train, data, distill ...) is PyTorch's alone; what mlx-lm runs and .mlxfn files hold is MLX's.
+    exports = {"fixed.py", "chunk_layout.py", "mlxfn_runner.py"}
+    assert files("mlx") - files("torch") == {"decode.py", "bmojo_model.py", "mlx_lm_engine.py", *exports}
     assert {name for name in files("torch") if "/" in name} == {name for name in files("mlx") if "/" in name}
 
 

@@ -118,13 +118,13 @@ def stage_wide(rows: Iterable[Row]) -> list[Cell]:
 
 
 def stage_easy(rows: Iterable[Row]) -> list[Cell]:
-    """32 and 16 pairs, width 64."""
-    return [cell for pairs in (32, 16) for cell in _rates(_models(pairs, 64))]
+    """16 and 32 pairs, width 64."""
+    return [cell for pairs in (16, 32) for cell in _rates(_models(pairs, 64))]
 
 
 def stage_wide_easy(rows: Iterable[Row]) -> list[Cell]:
-    """32 and 16 pairs, width 128."""
-    return [cell for pairs in (32, 16) for cell in _rates(_models(pairs, 128))]
+    """16 and 32 pairs, width 128."""
+    return [cell for pairs in (16, 32) for cell in _rates(_models(pairs, 128))]
 
 
 def stage_wide_seeds(rows: Iterable[Row]) -> list[Cell]:
@@ -159,9 +159,9 @@ STAGES: dict[str, Callable[[Iterable[Row]], list[Cell]]] = {
     "recall": stage_recall,
     "seeds": stage_seeds,
     "slots": stage_slots,
-    "wide": stage_wide,
     "easy": stage_easy,
     "choices": stage_choices,
+    "wide": stage_wide,
     "long": stage_long,
     "wide-seeds": stage_wide_seeds,
     "wide-easy": stage_wide_easy,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from bmojo_edge.torch import Model
 SSM_PARAMETERS = (".ssm.", ".in_proj.", ".conv.", ".x_proj.", ".dt_proj.", ".A_log", ".D")
 NO_DECAY = ("norm.weight", "A_log", ".D", "bias")
 WARM_UP_STEPS = 3  # eager steps before a capture, as torch.cuda.graph asks for
+AHEAD = 8  # steps of a run that wait on the device: enough to keep it busy, few enough for every run to get its turn
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Run:
             group["lr"] = torch.tensor(recipe.lr, device=device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager = self.ahead = 0  # steps run without a graph, steps left in this epoch
+        self.eager = self.left = 0  # steps run without a graph, steps left in this epoch
+        self.waiting: deque[torch.cuda.Event] = deque()  # steps enqueued that the device may not have ended
         self.began = time.perf_counter()
 
     def _train_step(self) -> None:
@@ -155,12 +158,16 @@ class Run:
         """Put the training examples in a new order."""
         with torch.cuda.stream(self.stream):
             self._reshuffle()
-        self.ahead = self.batches
+        self.left = self.batches
+
+    def busy(self) -> bool:
+        """Whether the device has as many steps of this run to do as it should."""
+        while self.waiting and self.waiting[0].query():
+            self.waiting.popleft()
+        return len(self.waiting) >= (AHEAD if self.left else 1)
 
     def advance(self) -> None:
-        """Enqueue one step, if the epoch has one left."""
-        if not self.ahead:
-            return
+        """Enqueue one step."""
         with torch.cuda.stream(self.stream):
             if self.stream is None or self.eager < WARM_UP_STEPS:
                 self._train_step()
@@ -169,7 +176,9 @@ class Run:
                 if self.graph is None:
                     self.graph = self._captured()
                 self.graph.replay()
-        self.ahead -= 1
+        if self.stream is not None:
+            self.waiting.append(self.stream.record_event())
+        self.left -= 1
         self.outcome.steps += 1
 
     @torch.no_grad()
@@ -212,21 +221,25 @@ def train_together(
     Runs that are cut off by the clock are not yielded: their results would be those of unfinished training.
     """
     active: list[Run] = []
-    left = True
-    while active or left:
-        while left and len(active) < at_once:
+    waiting = True
+    while active or waiting:
+        while waiting and len(active) < at_once:
             start = next(starts, None)
             if start is None:
-                left = False
+                waiting = False
             else:
                 active.append(start())
+                active[-1].begin_epoch()
         if not active or not more_time():
             return
-        for run in active:
-            run.begin_epoch()
-        for _ in range(max(run.batches for run in active)):  # in turns: a queue that is full makes the host wait
-            for run in active:
+        ready = [run for run in active if not run.busy()]
+        if not ready:
+            time.sleep(1e-4)
+        for run in ready:
+            if run.left:
                 run.advance()
-        for run in [run for run in active if run.evaluate()]:
-            active.remove(run)
-            yield run
+            elif not run.evaluate():
+                run.begin_epoch()
+            else:
+                active.remove(run)
+                yield run

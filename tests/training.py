@@ -74,6 +74,7 @@ def _train(config: TrainConfig, resume: bool, environment: dict[str, str]) -> No
     torch.set_num_threads(1)
     os.environ.update(environment)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)  # torch's own
     from bmojo_edge.torch.train import train
 
     train(config, resume)

@@ -30,8 +30,9 @@ class Cell:
     d_state: int = STATE
     expand: int = 2
     ssm_lr: float = 1.0
-    train: int = 20_000  # examples
+    train: int = 20_000  # examples of an epoch
     epochs: int = 32  # at most
+    fresh: bool = True  # an epoch's examples were in none before it
     batch: int = 128
     options: tuple[tuple[str, Any], ...] = field(default=())  # B'MOJO's own fields
 
@@ -54,7 +55,7 @@ def _table(value: Any) -> Any:
 
 def _best_rates(rows: Iterable[Row], like: Cell) -> list[Cell]:
     """`like` with the learning rate that its seed 0 did best with; empty until all have been tried."""
-    free = ("lr", "seed", "train", "epochs", "batch")
+    free = ("lr", "seed", "train", "epochs", "batch", "fresh")
     fields = {name: value for name, value in like.key().items() if name not in free}
     tried = [row for row in rows if row["seed"] == 0 and all(row[name] == fields[name] for name in fields)]
     if not {row["lr"] for row in tried}.issuperset(RATES):

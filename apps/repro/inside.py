@@ -22,7 +22,7 @@ def what_is_kept(model: Model, tokens: np.ndarray, targets: np.ndarray, pairs: i
     kinds = _kinds(tokens, targets, pairs)
     held = np.zeros((len(model.blocks()), *tokens.shape), bool)
     for first in range(0, len(tokens), BATCH):
-        rows = torch.from_numpy(tokens[first : first + BATCH]).to(model.device)
+        rows = torch.from_numpy(tokens[first : first + BATCH]).to(model.device, torch.int64)
         _, state = model.prefill(rows, model.init_state(len(rows)))
         for layer, memory in enumerate(state.layers):
             positions = memory.eidetic.positions.cpu().numpy()

@@ -29,24 +29,25 @@ from apps.repro.cells import STAGES, Cell, Row, changed
 from apps.repro.inside import what_is_kept
 from apps.repro.ledger import Ledger, missing
 from apps.repro.models import MODELS, config_of, memory_bytes
-from apps.repro.tasks import TASKS, Examples
-from apps.repro.training import Recipe, Run, train_together
+from apps.repro.tasks import TASKS
+from apps.repro.training import Questions, Recipe, Run, questions, train_together
 
 RESULTS = Path(__file__).parent / "results"
 TEST, FAR, FAR_LENGTH = 1_000, 256, 1024
 
 
 @functools.cache
-def examples(task: str, n: int, seq_len: int, pairs: int, seed: int) -> Examples:
+def examples(task: str, n: int, seq_len: int, pairs: int, seed: int, device: torch.device) -> Questions:
     """The same examples for every model. Training and test sets differ by their seed."""
-    return TASKS[task].make(np.random.default_rng(seed), n, seq_len, pairs)
+    return questions(TASKS[task].make(np.random.default_rng(seed), n, seq_len, pairs), device)
 
 
 def _start(cell: Cell, device: torch.device) -> Run:
     config = config_of(cell.model, d_state=cell.d_state, expand=cell.expand, **cell.sizes())
-    recipe = Recipe(cell.lr, cell.seed, cell.epochs, cell.batch, ssm_lr=cell.ssm_lr)
-    train = examples(cell.task, cell.train, cell.seq_len, cell.pairs, 1)
-    return Run(config, train, examples(cell.task, TEST, cell.seq_len, cell.pairs, 2), recipe, device)
+    recipe = Recipe(cell.lr, cell.seed, cell.epochs, cell.batch, fresh=cell.fresh, ssm_lr=cell.ssm_lr)
+    count = cell.train * (cell.epochs if cell.fresh else 1)
+    train = examples(cell.task, count, cell.seq_len, cell.pairs, 1, device)
+    return Run(config, train, examples(cell.task, TEST, cell.seq_len, cell.pairs, 2, device), recipe, device)
 
 
 def _row(cell: Cell, run: Run) -> Row:
@@ -56,9 +57,9 @@ def _row(cell: Cell, run: Run) -> Row:
     row["params"] = sum(p.numel() for p in run.model.parameters())
     row["device"] = torch.cuda.get_device_name() if run.device.type == "cuda" else report.machine()
     if cell.task == "mqar":
-        row["far_accuracy"] = run.score(examples("far_queries", FAR, FAR_LENGTH, cell.pairs, 3))
+        row["far_accuracy"] = run.score(examples("far_queries", FAR, FAR_LENGTH, cell.pairs, 3, run.device))
         if cell.model == "bmojo" and cell.n_eidetic:
-            row["kept"] = what_is_kept(run.model, *examples("mqar", TEST, cell.seq_len, cell.pairs, 2), cell.pairs)
+            row["kept"] = what_is_kept(run.model, *(x.cpu().numpy() for x in run.test[:2]), cell.pairs)
     return row
 
 
@@ -105,9 +106,10 @@ def show(stages: dict[str, list[Cell]], rows: list[Row]) -> None:
 
 def planned(stage: str, rows: Iterable[Row], args: argparse.Namespace) -> list[Cell]:
     """Cells of a stage, as the command line changes them."""
-    size = {"train": args.train, "epochs": args.epochs, "batch": args.batch}
+    size = {"train": args.train, "epochs": args.epochs, "batch": args.batch, "fresh": not args.repeated}
     like = [row for row in rows if all(row[name] == value for name, value in size.items())]
-    return [cell for cell in changed(STAGES[stage](like), **size) if cell.model in args.model]
+    cells = changed(STAGES[stage](like), **size)
+    return [cell for cell in cells if cell.model in args.model and (args.d_state or cell.d_state) == cell.d_state]
 
 
 def work(args: argparse.Namespace, claims: Path, end: float) -> None:
@@ -140,7 +142,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=6, metavar="N", help="models trained side by side on a GPU")
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--train", type=int, default=Cell.train, help="training examples")
+    parser.add_argument("--d-state", type=int, metavar="N", help="only models with a state of this size")
+    parser.add_argument("--train", type=int, default=Cell.train, help="training examples of an epoch")
+    parser.add_argument("--repeated", action="store_true", help="the same examples in every epoch")
     parser.add_argument("--epochs", type=int, default=Cell.epochs)
     parser.add_argument("--batch", type=int, default=Cell.batch)
     parser.add_argument("--out", type=Path, default=RESULTS)

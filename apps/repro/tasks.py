@@ -31,12 +31,16 @@ class Task(NamedTuple):
 
 
 def _distinct(rng: Generator, n: int, low: int, high: int, count: int) -> np.ndarray:
-    """n rows of `count` different integers of [low, high), in random order; some rows at a time, to spare memory."""
-    if count == high - low:
-        return rng.permuted(np.tile(np.arange(low, high), (n, 1)), axis=1)
-    draws = (rng.random((min(1024, n - i), high - low), np.float32) for i in range(0, n, 1024))
-    rows = np.concatenate([draw.argpartition(count, axis=1)[:, :count] for draw in draws])
-    return rng.permuted(rows, axis=1) + low
+    """n rows of `count` different integers of [low, high), in random order."""
+    if count * count > 2 * (high - low):  # fewer than one draw in three would have no integer twice
+        return rng.permuted(np.tile(np.arange(low, high), (n, 1)), axis=1)[:, :count]
+    rows = rng.integers(low, high, (n, count))
+    left = np.arange(n)
+    while len(left):
+        ordered = np.sort(rows[left], axis=1)
+        left = left[(ordered[:, 1:] == ordered[:, :-1]).any(axis=1)]
+        rows[left] = rng.integers(low, high, (len(left), count))
+    return rows
 
 
 def _empty(tokens: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Recipe:
     seed: int
     epochs: int = 32
     batch: int = 128
+    fresh: bool = False  # an epoch is that share of the examples, each seen once; else it is all of them
     weight_decay: float = 0.1
     warm_up: float = 0.1  # share of the steps in which the learning rate rises
     ssm_lr: float = 1.0  # learning rate of the SSM's parameters over that of the others
@@ -54,8 +55,21 @@ class Outcome:
     curve: list[float] = field(default_factory=list)  # accuracy after each epoch
 
 
-def _on(device: torch.device, examples: Examples) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(examples.tokens).to(device), torch.from_numpy(examples.targets).to(device)
+class Questions(NamedTuple):
+    """Examples on a device, and where in each of them something is asked."""
+
+    tokens: Tensor  # (n, t) int16
+    targets: Tensor  # (n, t) int16, IGNORED where nothing is asked
+    columns: Tensor  # (n, q) int64
+
+
+def questions(examples: Examples, device: torch.device) -> Questions:
+    """Examples as a run takes them; vocabularies fit into 16 bits."""
+    tokens, targets = (torch.from_numpy(x.astype(np.int16)).to(device) for x in examples)
+    columns = [_queries(part) for part in targets.split(65_536)]
+    widest = max(part.shape[1] for part in columns)
+    columns = [part[:, torch.arange(widest, device=device).clamp(max=part.shape[1] - 1)] for part in columns]
+    return Questions(tokens, targets, torch.cat(columns))
 
 
 def _queries(targets: Tensor) -> Tensor:
@@ -94,21 +108,20 @@ def schedule(recipe: Recipe, steps: int) -> list[float]:
 class Run:
     """One model in training; `advance()` enqueues a step and says nothing of when it ends."""
 
-    def __init__(self, config: Config, train: Examples, test: Examples, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, config: Config, train: Questions, test: Questions, recipe: Recipe, device: torch.device) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device, self.outcome = recipe, device, Outcome()
         self.model = Model(config).to(device)
-        self.tokens, self.targets = _on(device, train)
-        self.columns = _queries(self.targets)
-        self.test = _on(device, test)
-        self.test_columns = _queries(self.test[1])
-        self.batches = len(self.tokens) // recipe.batch
+        self.train, self.test = train, test
+        self.each = len(train.tokens) // (recipe.epochs if recipe.fresh else 1)  # examples of an epoch
+        self.batches = self.each // recipe.batch
         if not self.batches:
-            raise ValueError(f"batch: {recipe.batch} is more than the {len(self.tokens)} training examples")
+            raise ValueError(f"batch: {recipe.batch} is more than the {self.each} training examples of an epoch")
         steps = recipe.epochs * self.batches
         self.rates = torch.tensor(schedule(recipe, steps), device=device)
         self.order = torch.zeros(self.batches * recipe.batch, dtype=torch.int64, device=device)
         self.shuffle = np.random.default_rng(recipe.seed)
+        self.unseen = self.shuffle.permutation(len(train.tokens))
         self.step, self.batch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -126,10 +139,10 @@ class Run:
         """One step, without a look at the host: which batch and which learning rate are read from the device."""
         size = self.recipe.batch
         rows = self.order[self.batch * size + torch.arange(size, device=self.device)]
-        columns = self.columns[rows]
-        hidden = self.model.activations(self.tokens[rows])  # a growing cache would be counted on the host
+        columns = self.train.columns[rows]
+        hidden = self.model.activations(self.train.tokens[rows].long())  # a growing cache would be counted on the host
         asked = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-        answers = self.targets[rows].gather(1, columns)
+        answers = self.train.targets[rows].gather(1, columns).long()
         loss = F.cross_entropy(self.model.head(asked).flatten(0, 1).float(), answers.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -142,8 +155,10 @@ class Run:
         self.batch += 1
 
     def _reshuffle(self) -> None:
-        order = self.shuffle.permutation(len(self.tokens))[: len(self.order)]
-        self.order.copy_(torch.from_numpy(order))
+        if len(self.unseen) < self.each:
+            self.unseen = self.shuffle.permutation(len(self.train.tokens))
+        self.order.copy_(torch.from_numpy(self.unseen[: len(self.order)]))
+        self.unseen = self.unseen[self.each :]
         self.batch.zero_()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
@@ -182,35 +197,27 @@ class Run:
         self.outcome.steps += 1
 
     @torch.no_grad()
-    def answers(self, tokens: Tensor, targets: Tensor, columns: Tensor) -> float:
-        """Share of the questions answered right."""
-        right = asked = 0
-        for i in range(0, len(tokens), self.recipe.batch):
-            rows = slice(i, i + self.recipe.batch)
-            hidden = self.model.activations(tokens[rows])
-            at = columns[rows]
-            guess = self.model.head(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))).argmax(-1)
-            truth = targets[rows]
-            guessed = torch.full_like(truth, IGNORED - 1).scatter(1, at, guess)
-            right += int((guessed == truth).sum())
-            asked += int((truth != IGNORED).sum())
-        return right / asked
+    def score(self, asked: Questions) -> float:
+        """Share of the questions answered right, of examples of any length."""
+        right = count = 0
+        with torch.cuda.stream(self.stream):
+            for tokens, targets, columns in zip(*(x.split(self.recipe.batch) for x in asked), strict=True):
+                hidden = self.model.activations(tokens.long())
+                hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+                guess = self.model.head(hidden).argmax(-1).to(targets.dtype)
+                guessed = torch.full_like(targets, IGNORED - 1).scatter(1, columns, guess)
+                right += int((guessed == targets).sum())
+                count += int((targets != IGNORED).sum())
+        return right / count
 
     def evaluate(self) -> bool:
         """Wait for the epoch, test the model, and say whether the run is over."""
-        with torch.cuda.stream(self.stream):
-            accuracy = self.answers(*self.test, self.test_columns)
+        accuracy = self.score(self.test)
         self.outcome.accuracy = accuracy
         self.outcome.best = max(self.outcome.best, accuracy)
         self.outcome.curve.append(round(accuracy, 4))
         self.outcome.seconds = time.perf_counter() - self.began
         return accuracy >= self.recipe.enough or len(self.outcome.curve) >= self.recipe.epochs
-
-    def score(self, examples: Examples) -> float:
-        """Accuracy on other examples, of any length."""
-        tokens, targets = _on(self.device, examples)
-        with torch.cuda.stream(self.stream):
-            return self.answers(tokens, targets, _queries(targets))
 
 
 def train_together(

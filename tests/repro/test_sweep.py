@@ -14,16 +14,16 @@ from apps.repro import cells, sweep  # noqa: E402
 from apps.repro.inside import what_is_kept  # noqa: E402
 from apps.repro.ledger import Ledger  # noqa: E402
 from apps.repro.models import MODELS, config_of, matching_state, memory_bytes  # noqa: E402
-from apps.repro.tasks import IGNORED, TASKS, Examples  # noqa: E402
-from apps.repro.training import Recipe, Run, _queries, groups, schedule, train_together  # noqa: E402
+from apps.repro.tasks import IGNORED, TASKS  # noqa: E402
+from apps.repro.training import Questions, Recipe, Run, _queries, groups, questions, schedule, train_together  # noqa: E402
 from bmojo_edge.torch import Model  # noqa: E402
 
 SIZES = {"vocab_size": 16, "d_model": 32, "window": 8, "n_eidetic": 8}
 CPU = torch.device("cpu")
 
 
-def induction(seed: int, n: int) -> Examples:
-    return TASKS["induction_heads"].make(np.random.default_rng(seed), n, 16, 1)
+def induction(seed: int, n: int) -> Questions:
+    return questions(TASKS["induction_heads"].make(np.random.default_rng(seed), n, 16, 1), CPU)
 
 
 def run_of(model: str, **recipe: float) -> Run:
@@ -42,6 +42,19 @@ def test_a_transformer_learns_induction() -> None:
 def test_a_window_that_cannot_see_does_not() -> None:
     (run,) = train_together(iter([lambda: run_of("window", epochs=1)]), at_once=1)
     assert run.outcome.accuracy < 0.9
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_an_epoch_shows(fresh: bool) -> None:
+    run = run_of("window", fresh=fresh, epochs=4)
+    shown = []
+    for _ in range(4):
+        run.begin_epoch()
+        shown.append(run.order.tolist())
+        assert len(set(shown[-1])) == len(shown[-1]) == run.batches * 64
+    assert len({row for epoch in shown for row in epoch}) == 2048
+    assert run.batches == (8 if fresh else 32)
+    assert shown[0] != shown[1]
 
 
 def test_unfinished_runs_are_not_results() -> None:

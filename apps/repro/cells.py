@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 from apps.repro.models import config_of, matching_state, memory_bytes
 from apps.repro.tasks import TASKS
 
 RATES = (1e-3, 3e-3, 1e-2)
+POSITIONS = {"bmojo": (False, True), "bmojo-f": (False, True), "hybrid": (False, True)}  # rotary or none
 WINDOW, EIDETIC, STATE = 32, 128, 16
 Row = dict[str, Any]
 
@@ -29,6 +31,7 @@ class Cell:
     n_eidetic: int = EIDETIC
     d_state: int = STATE
     expand: int = 2
+    rotary: bool = False  # positions in B'MOJO and the hybrid; Transformers always have them, Mamba never
     ssm_lr: float = 1.0
     train: int = 20_000  # examples of an epoch
     epochs: int = 32  # at most
@@ -53,15 +56,17 @@ def _table(value: Any) -> Any:
     return dict(value) if isinstance(value, tuple) else value
 
 
-def _best_rates(rows: Iterable[Row], like: Cell) -> list[Cell]:
-    """`like` with the learning rate that its seed 0 did best with; empty until all have been tried."""
-    free = ("lr", "seed", "train", "epochs", "batch", "fresh")
+def _best(rows: Iterable[Row], like: Cell) -> list[Cell]:
+    """`like` with the learning rate and positions that its seed 0 did best with; empty until all have been tried."""
+    free = ("lr", "rotary", "seed", "train", "epochs", "batch", "fresh")
     fields = {name: value for name, value in like.key().items() if name not in free}
     tried = [row for row in rows if row["seed"] == 0 and all(row[name] == fields[name] for name in fields)]
-    if not {row["lr"] for row in tried}.issuperset(RATES):
+    if not {(row["lr"], row["rotary"]) for row in tried}.issuperset(
+        product(RATES, POSITIONS.get(like.model, (False,)))
+    ):
         return []
     best = max(tried, key=lambda row: (row["accuracy"], -row["steps"]))
-    return [Cell(**{**_arguments(like), "lr": best["lr"]})]
+    return changed([like], lr=best["lr"], rotary=best["rotary"])
 
 
 def _arguments(cell: Cell) -> dict[str, Any]:
@@ -77,7 +82,17 @@ def _models(pairs: int, d_model: int, **more: Any) -> list[Cell]:
     """Every model at one difficulty; SSM and hybrid also with a state enlarged to B'MOJO's memory."""
     cells = [Cell(model, pairs, RATES[0], d_model=d_model, **more) for model in ("bmojo", "bmojo-f", "hybrid", "mamba")]
     cells += [_equal_memory(cell) for cell in cells if cell.model != "bmojo"]
+    cells = [
+        other for cell in cells for at in POSITIONS.get(cell.model, (False,)) for other in changed([cell], rotary=at)
+    ]
     return [*cells, *(Cell(model, pairs, RATES[0], d_model=d_model, **more) for model in ("transformer", "window"))]
+
+
+def _placed(rows: Iterable[Row], cells: Iterable[Cell]) -> list[Cell]:
+    """Of cells that differ in positions, those with the positions that were best with 64 pairs and width 64."""
+    rows = list(rows)
+    best = {model: found.rotary for model in POSITIONS for found in _best(rows, Cell(model, 64, RATES[0]))}
+    return [cell for cell in cells if cell.model not in POSITIONS or cell.rotary == best.get(cell.model)]
 
 
 def _equal_memory(cell: Cell) -> Cell:
@@ -93,11 +108,11 @@ def _rates(cells: Iterable[Cell]) -> list[Cell]:
 
 def _tried(rows: Iterable[Row], cells: Iterable[Cell]) -> list[Cell]:
     rows = list(rows)
-    return [best for cell in cells for best in _best_rates(rows, cell)]
+    return [best for cell in cells for best in _best(rows, cell)]
 
 
 def stage_recall(rows: Iterable[Row]) -> list[Cell]:
-    """64 pairs, width 64: every model, every learning rate."""
+    """64 pairs, width 64: every model, learning rate, with and without positions."""
     return _rates(_models(64, 64))
 
 
@@ -115,7 +130,7 @@ def stage_slots(rows: Iterable[Row]) -> list[Cell]:
 
 def stage_wide(rows: Iterable[Row]) -> list[Cell]:
     """64 pairs, width 128."""
-    return _rates(_models(64, 128))
+    return _rates(_placed(rows, _models(64, 128)))
 
 
 def stage_easy(rows: Iterable[Row]) -> list[Cell]:
@@ -125,7 +140,7 @@ def stage_easy(rows: Iterable[Row]) -> list[Cell]:
 
 def stage_wide_easy(rows: Iterable[Row]) -> list[Cell]:
     """16 and 32 pairs, width 128."""
-    return [cell for pairs in (16, 32) for cell in _rates(_models(pairs, 128))]
+    return [cell for pairs in (16, 32) for cell in _rates(_placed(rows, _models(pairs, 128)))]
 
 
 def stage_wide_seeds(rows: Iterable[Row]) -> list[Cell]:
@@ -147,20 +162,20 @@ def stage_choices(rows: Iterable[Row]) -> list[Cell]:
 
 def stage_long(rows: Iterable[Row]) -> list[Cell]:
     """Beyond the paper: 512 tokens."""
-    return _rates(_models(64, 64, seq_len=512))
+    return _rates(_placed(rows, _models(64, 64, seq_len=512)))
 
 
 def stage_others(rows: Iterable[Row]) -> list[Cell]:
     """Selective copying, induction heads, noisy and fuzzy recall."""
     pairs = {"selective_copying": 16, "induction_heads": 1, "noisy_recall": 32, "fuzzy_recall": 16}
-    return [cell for task, n in pairs.items() for cell in _rates(_models(n, 64, task=task))]
+    return [cell for task, n in pairs.items() for cell in _rates(_placed(rows, _models(n, 64, task=task)))]
 
 
 STAGES: dict[str, Callable[[Iterable[Row]], list[Cell]]] = {
     "recall": stage_recall,
+    "easy": stage_easy,
     "seeds": stage_seeds,
     "slots": stage_slots,
-    "easy": stage_easy,
     "choices": stage_choices,
     "wide": stage_wide,
     "long": stage_long,

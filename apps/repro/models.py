@@ -1,6 +1,6 @@
 """The models of the comparison, as configurations, and what each of them may remember, in bytes.
 
-All are two layers without MLP, as in Zoology; SSM layers have no positions, attention alone is rotary.
+All are two layers without MLP, as in Zoology. Transformers are rotary; models with an SSM may be, or have no positions.
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ def mamba(base: dict[str, Any], d_state: int, expand: int, **_: Any) -> Config:
     return Config(layer_types=("mamba",) * LAYERS, ssm=_ssm(d_state, expand), **base)
 
 
-def hybrid(base: dict[str, Any], window: int, d_state: int, expand: int, **_: Any) -> Config:
+def hybrid(base: dict[str, Any], window: int, d_state: int, expand: int, rotary: bool, **_: Any) -> Config:
     """Mamba, then attention over a window: a Jamba in small."""
-    return Config(layer_types=("mamba", "attention"), attention_window=window, ssm=_ssm(d_state, expand), **base)
+    return Config(
+        layer_types=("mamba", "attention"),
+        attention_window=window,
+        ssm=_ssm(d_state, expand),
+        rope_theta=ROPE_THETA if rotary else None,
+        **base,
+    )
 
 
 def bmojo(
@@ -51,6 +57,7 @@ def bmojo(
     window: int,
     d_state: int,
     expand: int,
+    rotary: bool,
     n_eidetic: int,
     n_fading: int | None = None,
     chunk: int | None = None,
@@ -60,6 +67,7 @@ def bmojo(
     return Config(
         layer_types=("bmojo",) * LAYERS,
         ssm=_ssm(d_state, expand),
+        rope_theta=ROPE_THETA if rotary else None,
         window=window,
         n_eidetic=n_eidetic,
         n_fading=n_fading,
@@ -87,13 +95,15 @@ def config_of(
     n_eidetic: int,
     d_state: int = 16,
     expand: int = 2,
+    rotary: bool = False,
     **options: Any,
 ) -> Config:
     """The configuration of a cell. `options` are B'MOJO's own: n_fading, chunk, innovation."""
     heads = d_model // HEAD_DIM
     base = {"vocab_size": vocab_size, "d_model": d_model, "n_heads": heads, "tie_embeddings": False}
     eidetic = n_eidetic if model == "bmojo" else 0
-    return MODELS[model](base, window=window, d_state=d_state, expand=expand, n_eidetic=eidetic, **options)
+    sizes = {"window": window, "d_state": d_state, "expand": expand, "n_eidetic": eidetic}
+    return MODELS[model](base, **sizes, rotary=rotary, **options)
 
 
 def memory_bytes(config: Config, tokens: int) -> dict[str, int]:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from apps import report
 from apps.repro.cells import STAGES, Cell, Row, changed
-from apps.repro.inside import what_is_kept
+from apps.repro.inside import by_distance, what_is_kept
 from apps.repro.ledger import Ledger, missing
 from apps.repro.models import MODELS, config_of, memory_bytes
 from apps.repro.tasks import TASKS
@@ -43,7 +43,7 @@ def examples(task: str, n: int, seq_len: int, pairs: int, seed: int, device: tor
 
 
 def _start(cell: Cell, device: torch.device) -> Run:
-    config = config_of(cell.model, d_state=cell.d_state, expand=cell.expand, **cell.sizes())
+    config = config_of(cell.model, d_state=cell.d_state, expand=cell.expand, rotary=cell.rotary, **cell.sizes())
     recipe = Recipe(cell.lr, cell.seed, cell.epochs, cell.batch, fresh=cell.fresh, ssm_lr=cell.ssm_lr)
     count = cell.train * (cell.epochs if cell.fresh else 1)
     train = examples(cell.task, count, cell.seq_len, cell.pairs, 1, device)
@@ -57,9 +57,12 @@ def _row(cell: Cell, run: Run) -> Row:
     row["params"] = sum(p.numel() for p in run.model.parameters())
     row["device"] = torch.cuda.get_device_name() if run.device.type == "cuda" else report.machine()
     if cell.task == "mqar":
+        tokens, targets, columns = (x.cpu().numpy() for x in run.test)
+        right = run.answers(run.test).cpu().numpy() == np.take_along_axis(targets, columns, 1)
+        row["by_distance"] = by_distance(tokens, right, columns, cell.pairs)
         row["far_accuracy"] = run.score(examples("far_queries", FAR, FAR_LENGTH, cell.pairs, 3, run.device))
         if cell.model == "bmojo" and cell.n_eidetic:
-            row["kept"] = what_is_kept(run.model, *(x.cpu().numpy() for x in run.test[:2]), cell.pairs)
+            row["kept"] = what_is_kept(run.model, tokens, targets, cell.pairs)
     return row
 
 
@@ -83,7 +86,7 @@ def run_cells(claim: Callable[[], Cell | None], ledger: Ledger, args: argparse.N
         row = _row(cell, run)
         ledger.add(row)
         done += 1
-        more = {"expand": cell.expand, **dict(cell.options), "ssm_lr": cell.ssm_lr}
+        more = {"expand": cell.expand, "rotary": cell.rotary, **dict(cell.options), "ssm_lr": cell.ssm_lr}
         unusual = {name: value for name, value in more.items() if value != getattr(Cell, name, None)}
         print(
             f"{cell.task} {cell.model:12} {cell.seq_len} tokens, pairs {cell.pairs:3} d {cell.d_model:3} "

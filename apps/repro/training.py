@@ -197,18 +197,21 @@ class Run:
         self.outcome.steps += 1
 
     @torch.no_grad()
-    def score(self, asked: Questions) -> float:
-        """Share of the questions answered right, of examples of any length."""
-        right = count = 0
+    def answers(self, asked: Questions) -> Tensor:
+        """What the model says at every column (n, q) where something is asked, of examples of any length."""
+        found = []
         with torch.cuda.stream(self.stream):
-            for tokens, targets, columns in zip(*(x.split(self.recipe.batch) for x in asked), strict=True):
+            for tokens, _, columns in zip(*(x.split(self.recipe.batch) for x in asked), strict=True):
                 hidden = self.model.activations(tokens.long())
                 hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-                guess = self.model.head(hidden).argmax(-1).to(targets.dtype)
-                guessed = torch.full_like(targets, IGNORED - 1).scatter(1, columns, guess)
-                right += int((guessed == targets).sum())
-                count += int((targets != IGNORED).sum())
-        return right / count
+                found.append(self.model.head(hidden).argmax(-1).to(asked.targets.dtype))
+            return torch.cat(found)
+
+    def score(self, asked: Questions) -> float:
+        """Share of the questions answered right."""
+        with torch.cuda.stream(self.stream):
+            said = torch.full_like(asked.targets, IGNORED - 1).scatter(1, asked.columns, self.answers(asked))
+            return int((said == asked.targets).sum()) / int((asked.targets != IGNORED).sum())
 
     def evaluate(self) -> bool:
         """Wait for the epoch, test the model, and say whether the run is over."""

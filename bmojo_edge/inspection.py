@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from bmojo_edge.steps import Steps, finished
 from bmojo_edge.tensors import as_numpy
 
 Shares = dict[str, float]  # by the names of MEMORIES; together 1
+UNTOLD = "an export does not tell where it goes"
 
 
-class Watched(LM, Protocol):
+@runtime_checkable
+class Watched(Protocol):
     """A language model that tells how its attention divides, as both twins do."""
 
     def decode_with_attention(self, token: Any, state: Any) -> tuple[Any, Any, list[dict[str, Any]]]: ...
@@ -78,6 +80,8 @@ def inspect(session: Session) -> Inspection:
 def inspecting(session: Session) -> Steps[Inspection]:
     """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
+    if not isinstance(lm, Watched):
+        return _inspection(lm, now, [], UNTOLD)
     try:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
@@ -100,16 +104,15 @@ def inspect_text(lm: LM, ids: Sequence[int]) -> Inspection:
         evaluate(logits, before)
     logits, state = lm.decode_one_token(np.array(ids[-1:], np.int32), before)
     evaluate(logits, state)
-    attention = finished(_attention(lm, before, ids[-1:]))
-    return _inspection(lm, start.after(ids, state, (), lm.config), attention)
+    attention = finished(_attention(lm, before, ids[-1:])) if isinstance(lm, Watched) else []
+    return _inspection(lm, start.after(ids, state, (), lm.config), attention, "" if attention else UNTOLD)
 
 
-def _attention(lm: Any, state: Any, tokens: Iterable[int]) -> Steps[list[list[Shares]]]:
+def _attention(lm: Watched, state: Any, tokens: Iterable[int]) -> Steps[list[list[Shares]]]:
     """Shares of each token, layer by layer, means of the heads."""
-    watched: Watched = lm
     found = []
     for token in tokens:
-        logits, state, shares = watched.decode_with_attention(np.array([token], np.int32), state)
+        logits, state, shares = lm.decode_with_attention(np.array([token], np.int32), state)
         evaluate(logits, state)
         found.append([{name: float(as_numpy(share).mean()) for name, share in layer.items()} for layer in shares])
         yield

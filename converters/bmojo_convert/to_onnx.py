@@ -22,6 +22,7 @@ from bmojo_convert.export_folder import ExportError, Target, exported_folder
 from bmojo_convert.exporting import open_exportable, record
 from bmojo_convert.onnx_layers import OPSET, whole
 from bmojo_convert.step import Commit, Decode, Graph, Prefill, position_cycle, state_leaves
+from bmojo_edge.engine import weights_fingerprint
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.tensors import write_text
 from bmojo_edge.torch import Model
@@ -298,6 +299,7 @@ def manifest(lm: Model, graphs: dict[str, Any], quantize: str | None) -> dict[st
         "format": Target.onnx.value,
         "version": 1,
         "config": config.to_dict(),
+        "weights": weights_fingerprint(lm) + (f"-{quantize}" if quantize else ""),
         "quantize": quantize,
         "block": BLOCK if quantize else None,
         "opset": OPSET,

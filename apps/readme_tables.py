@@ -187,8 +187,8 @@ def export() -> str:
         f"{found['threads']} thread{'s' * (found['threads'] > 1)} each" if found["threads"] else "threads as each likes"
     )
     return (
-        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}; {found['machine']}, "
-        f"{found['note']}; {versions}, commit {found['commit']}."
+        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}, MLX with "
+        f"{found['blas']}; {found['machine']}; {versions}, commit {found['commit']}."
     )
 
 

@@ -141,7 +141,7 @@ class OnnxModel:
         return state._replace(layers=tuple(chosen))
 
     def _step(self, graph: str, given: dict[str, np.ndarray], state: State, size: int) -> tuple[Step, tuple[Any, ...]]:
-        """A call of a graph with `size` tokens, to be run when it is looked at, and the layers' states there will be."""
+        """A call of a graph with `size` tokens, to be run when it is looked at, and the layers' states after it."""
         found = dict(zip(self._names, (leaf for _, leaf in leaves(state.layers)), strict=True))
         held = {
             name: leaf if isinstance(leaf, Leaf) else self._buffers.filled(leaf)

@@ -23,7 +23,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A model folder, an export or a hub id; left out: the saved session's, or a small one."
+            metavar="MODEL",
+            help="A model folder, an export or hub id; left out: the saved session's, or a small one.",
         ),
     ] = None,
     prompt: Annotated[

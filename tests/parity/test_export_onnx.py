@@ -229,7 +229,7 @@ def test_quantised_graphs_agree(bits: str, tmp_path: Path) -> None:
     """Widths that blocks of 32 divide; the embedding becomes int8, the other matrices what was asked for."""
     config = odd("bmojo", d_model=64, d_ff=96, head_dim=32, vocab_size=64, tie_embeddings=True)
     checkpoint.save(tmp_path / "model", config, random_weights(config))
-    out = to_onnx(tmp_path / "model", tmp_path / "out", quantize=bits)
+    out = to_onnx(tmp_path / "model", tmp_path / "out", weights=bits)
     found = self_test(OnnxModel.load(out, threads=1))
     assert found.error < {"int8": 0.1, "int4": 0.5}[bits] and found.agree > 0.7  # random weights are the worst case
     proto = onnx.load(out / "decode.onnx", load_external_data=False)
@@ -352,7 +352,10 @@ def test_chat_command(exports: dict[str, Path], tmp_path: Path) -> None:
     assert got.returncode == want.returncode == 0, got.stderr + want.stderr
     assert got.stdout == want.stdout and got.stdout.count("\n") >= 3
     assert "an export does not tell where it goes" in got.stderr and "eidetic" in got.stderr
-    again, other = chat(export, [TURNS[2]], "theirs", "mlx", "torch"), chat(export.with_name("bmojo"), [TURNS[2]], "ours")
+    again, other = (
+        chat(export, [TURNS[2]], "theirs", "mlx", "torch"),
+        chat(export.with_name("bmojo"), [TURNS[2]], "ours"),
+    )
     assert "resumed at position" in again.stderr and again.stdout == other.stdout != ""
 
 
@@ -379,7 +382,7 @@ def test_a_full_disk_leaves_nothing(exports: dict[str, Path], tmp_path: Path, mo
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
 
-    monkeypatch.setattr(exporter.Weights, "_place", full)
+    monkeypatch.setattr(exporter.WeightsFile, "_place", full)
     with pytest.raises(OSError, match="No space left"):
         to_onnx(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -422,8 +425,8 @@ def test_targets_that_are_not_replaced(exports: dict[str, Path], tmp_path: Path)
     with pytest.raises(ExportError, match=r"is no bmojo-edge onnx export"):
         to_onnx(source, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
-    with pytest.raises(ExportError, match="quantize: must be one of int8, int4"):
-        to_onnx(source, tmp_path / "out", quantize="int2")
+    with pytest.raises(ExportError, match="weights: must be one of float32, int8, int4"):
+        to_onnx(source, tmp_path / "out", weights="int2")
 
 
 def test_damaged_exports_are_named(exports: dict[str, Path], tmp_path: Path) -> None:

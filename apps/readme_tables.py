@@ -188,7 +188,8 @@ def export() -> str:
     )
     return (
         f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}, MLX with "
-        f"{found['blas']}; {found['machine']}; {versions}, commit {found['commit']}."
+        f"{found['blas']}; {found['machine']}, load average {found['load']:.1f} before it began; {versions}, "
+        f"commit {found['commit']}."
     )
 
 

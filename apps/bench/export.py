@@ -170,6 +170,7 @@ def main() -> None:
         from bmojo_convert.default import ensure_default_model
 
         args.model = ensure_default_model()
+    load = os.getloadavg()[0]  # before this program adds its own
     args.exports.mkdir(parents=True, exist_ok=True)
     folders = {weights: args.exports / f"{args.model.name}-{weights}" for weights in args.weights}
     told = {weights: export(args.model, folder, weights) for weights, folder in folders.items()}
@@ -195,7 +196,7 @@ def main() -> None:
         rows[name] |= found
         print(name, found, flush=True)
     blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "the BLAS in its wheel"
-    how = {"model": args.model.name, "text": args.text.name, "threads": args.threads, "blas": blas}
+    how = {"model": args.model.name, "text": args.text.name, "threads": args.threads, "blas": blas, "load": load}
     report.write(args.out, list(rows.values()), PACKAGES, **how)
 
 

@@ -125,7 +125,8 @@ def draw_kept(found: Found, out: Path) -> None:
     figure, axes = plt.subplots(len(layers), 1, figsize=(9, 3.2), sharex=True, squeeze=False, layout="constrained")
     for layer, (axis, examples) in enumerate(zip(axes[:, 0], layers, strict=True)):
         start = 2 * best["pairs"]
-        for y, positions in enumerate(examples):
+        for y, shown in enumerate(examples):
+            positions = [int(p) for p in shown.split()]
             for parity, colour, name in ((0, "tab:blue", "keys"), (1, "tab:orange", "values")):
                 x = [p for p in positions if p < start and p % 2 == parity]
                 axis.scatter(x, [y] * len(x), marker="|", s=90, color=colour, label=name if y == 0 else None)

@@ -205,7 +205,10 @@ class Run:
                 hidden = self.model.activations(tokens.long())
                 hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
                 found.append(self.model.head(hidden).argmax(-1).to(asked.targets.dtype))
-            return torch.cat(found)
+            said = torch.cat(found)
+        if self.stream is not None:
+            self.stream.synchronize()  # who reads it may do so on another stream
+        return said
 
     def score(self, asked: Questions) -> float:
         """Share of the questions answered right."""

@@ -28,7 +28,7 @@ def what_is_kept(model: Model, tokens: np.ndarray, targets: np.ndarray, pairs: i
     """What the memory of each layer holds when a row has been read.
 
     tokens, targets (n, t). Returned are `share`, a table a layer: of all keys at the start, of all values, of all
-    queries and of all blanks, how many are kept; and `positions`, those kept of the first rows, a string a layer and row.
+    queries and of all blanks, how many are kept; and `positions`, those kept of the first rows, as text.
     """
     kinds = _kinds(tokens, targets, pairs)
     held = np.zeros((len(model.blocks()), *tokens.shape), bool)

@@ -50,9 +50,9 @@ class Scripted:
         chosen = mx.array([self._ids[place] if 0 <= place < len(self._ids) else self._ids[-1] for place in places])
         return logits + 1e4 * (mx.arange(logits.shape[-1]) == chosen[:, None]), state
 
-    def decode_with_attention(self, token: Any, state: Any) -> Any:
-        time.sleep(self._pause)
-        return self._lm.decode_with_attention(token, state)
+    def prefill_with_attention(self, tokens: Any, state: Any) -> Any:
+        time.sleep(self._pause * tokens.shape[1])
+        return self._lm.prefill_with_attention(tokens, state)
 
 
 class Served:

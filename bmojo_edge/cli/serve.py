@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -27,6 +28,10 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name in requests; left out: its folder's.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="BMOJO_EDGE_API_KEY", help="Refuse requests without this key.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin use the server, as https://x.org; * is any."),
     ] = None,
     state_mib: Annotated[
         int, typer.Option(min=1, help="Memory for states, in MiB; decides --max-sessions.", rich_help_panel=_LIMITS)
@@ -76,6 +81,11 @@ def serve(
         raise typer.BadParameter("--api-key: is empty; leave it out to serve without a key")
     if sessions_dir is not None and not save:
         raise typer.BadParameter("--sessions-dir is for sessions that are saved; leave out --no-save")
+    for origin in allow_origin or ():
+        if origin != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin) is None:
+            raise typer.BadParameter(
+                f"--allow-origin: must be as https://x.org or http://localhost:3000, got {origin!r}"
+            )
     import uvicorn
 
     from bmojo_convert.default import home
@@ -113,6 +123,7 @@ def serve(
         sessions=sessions if save else None,
         pages=static.FOLDER if page else None,
         hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
+        origins=frozenset(allow_origin or ()),
     )
     console.print(
         f"{escape(name)}: {slots:,} states of {slot / 2**20:.1f} MiB each in memory, up to {min(max_running, slots)} "

@@ -19,7 +19,8 @@ class Guard:
     """Refuses with 401 without the key, if there is one (not for /health and `open_paths`).
 
     Refuses bodies too large (413) or slow (408); where `hosts` are given, requests for another host (421): a page
-    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403).
+    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403), but for those of
+    `origins` ("*": any).
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Guard:
         max_body: int,
         hosts: frozenset[str] | None = None,
         open_paths: frozenset[str] = frozenset(),
+        origins: frozenset[str] = frozenset(),
     ) -> None:
         self._app, self._max_body, self._hosts, self._open = app, max_body, hosts, open_paths | {"/health"}
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key, self._origins = None if api_key is None else api_key.encode(), origins
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -43,13 +45,13 @@ class Guard:
             message = f"this server is not {host!r}; start it with --host if it should be reached from elsewhere"
             await _refuse(send, 421, message, "invalid_request_error", "wrong_host")
             return
-        _, _, origin = headers.get(b"origin", b"").partition(b"://")
-        if b"origin" in headers and scope["method"] not in _READING and origin != headers.get(b"host"):
-            await _refuse(send, 403, "pages of other origins change nothing here", "invalid_request_error", "origin")
+        if b"origin" in headers and scope["method"] not in _READING and not self._allows(headers[b"origin"], host):
+            message = "pages of other origins change nothing here; see --allow-origin"
+            await _refuse(send, 403, message, "invalid_request_error", "origin")
             return
-        if self._expected is not None and scope["path"] not in self._open:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+        if self._key is not None and scope["path"] not in self._open:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
                 message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
                 await _refuse(send, 401, message, "authentication_error", "invalid_api_key")
                 return
@@ -82,6 +84,11 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+    def _allows(self, origin: bytes, host: str) -> bool:
+        """Whether a page of this origin may change something."""
+        name = origin.decode("latin-1")
+        return name.partition("://")[2] == host != "" or not self._origins.isdisjoint((name, "*"))
 
 
 async def _read(receive: Any, limit: int, keep: bool = True) -> bytes | None:

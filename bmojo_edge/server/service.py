@@ -7,6 +7,7 @@ batches.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from bmojo_edge.server.requests import ChatRequest, CompletionRequest
 from bmojo_edge.server.scheduler import Job, Said, Scheduler
 from bmojo_edge.server.session_folder import SessionFolder
 from bmojo_edge.server.sessions import (
-    NoRoom,
+    NotYet,
     SessionBusy,
     SessionExists,
     SessionProblem,
@@ -40,7 +41,7 @@ from bmojo_edge.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-PATIENCE = 1.0  # seconds a request waits for a session in use: an answer whose client left ends a moment later
+PATIENCE = 1.0  # seconds a request waits for a session that answers: one whose client left ends a moment later
 POLL = 0.03  # seconds
 STATUS = {UnknownSession: 404, SessionExists: 409}  # other problems: 400
 
@@ -68,8 +69,9 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as it is sent."""
-        return answers.error(str(self), self.kind, code=self.code)
+        """The error as it is sent; a message that begins with a field's name and a colon is about that field."""
+        field = re.match(r"[a-z_]+(?=: )", str(self))
+        return answers.error(str(self), self.kind, field and field[0], self.code)
 
 
 class Vanished(Exception):
@@ -88,7 +90,7 @@ class Service:
         self.worker = Worker(scheduler, min(limits.max_running, limits.slots) + limits.max_waiting)
         saved = None if folder is None else SessionFolder(folder)
         self.sessions = Sessions(lm, scheduler, self.worker.call, saved, limits.max_stored)
-        self._in_line = 0  # requests that wait for room
+        self._in_line = 0  # requests that wait for their session, or for room
         self.created = int(time.time())
         self._watching: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
@@ -125,7 +127,7 @@ class Service:
         gone.add_done_callback(self._watching.discard)
         said = self._said(job, events, gone, deadline)
         if asked.stream:
-            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             chunks = self._chunks(said, job, answer, wants_usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
@@ -133,7 +135,10 @@ class Service:
         return reply(200, answer.whole(whole, usage(job, len(whole))))
 
     async def perform(self, task: Callable[[], Steps[T]]) -> T:
-        """What a task on sessions returns. It waits a moment for a session in use, longer for room. Raises Refused."""
+        """What a task on sessions returns. It waits a moment for an answer to end, longer for all else.
+
+        Raises Refused.
+        """
         start, in_line = time.monotonic(), False
         try:
             while True:
@@ -142,7 +147,7 @@ class Service:
                 except SessionBusy as problem:
                     if time.monotonic() > start + PATIENCE:
                         raise Refused(409, str(problem), code="session_busy") from None
-                except NoRoom as problem:
+                except NotYet as problem:
                     if not in_line and self._in_line >= self.limits.max_waiting:
                         raise self._busy(str(problem)) from None
                     if time.monotonic() > start + self.limits.timeout:

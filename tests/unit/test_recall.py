@@ -199,7 +199,9 @@ def test_attention_to_storage_is_told(engine: str, tmp_path: Path) -> None:
     want, want_state = lm.prefill(more, state)
     logits, state, shares = lm.prefill_with_attention(more, state)
     assert_close(logits, want, BOUND)
-    assert_same(state._replace(branch=want_state.branch, seen=want_state.seen), want_state)  # both stored what they read
+    assert_same(
+        state._replace(branch=want_state.branch, seen=want_state.seen), want_state
+    )  # both stored what they read
     for layer in shares:
         assert layer["storage"].shape == (1, WINDOWED.n_heads, more.shape[1])
         assert (layer["storage"] > 0).all()

@@ -86,12 +86,11 @@ def serve(
             raise typer.BadParameter(
                 f"--allow-origin: must be as https://x.org or http://localhost:3000, got {origin!r}"
             )
-    import uvicorn
-
     from bmojo_convert.default import home
     from bmojo_edge.onnx_runner import MANIFEST
     from bmojo_edge.server import static
     from bmojo_edge.server.app import Limits, build
+    from bmojo_edge.server.run import Server
 
     if model is not None and (Path(model) / MANIFEST).is_file():
         raise typer.BadParameter("MODEL: an export runs one sequence at a time; serve the folder it was made from")
@@ -132,4 +131,7 @@ def serve(
     )
     if not loopback and api_key is None:
         console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=10, server_header=False)
+    server = Server(app, host=host, port=port)
+    server.run()
+    if not server.started:
+        raise typer.Exit(1)  # it has said why

@@ -57,6 +57,7 @@ def build(
         await run_in_threadpool(service.close)
 
     app = FastAPI(title="bmojo-edge", lifespan=lifespan, docs_url=None, redoc_url=None)  # those pages need a CDN
+    app.state.worker = service.worker
     given = {"api_key": api_key, "max_body": limits.max_body, "hosts": hosts, "origins": origins}
     app.add_middleware(Guard, open_paths=frozenset(page), **given)
     if origins:  # around the guard: browsers read its refusals too, and ask without a key whether they may ask

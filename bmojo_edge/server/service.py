@@ -119,8 +119,8 @@ class Service:
                 owner = job.owner
                 self.worker.call(lambda: owner.left(None))
             raise self._busy("the server is busy; try again in a moment") from None
-        except Closed:
-            raise Refused(503, "the server is shutting down", "server_error", "shutting_down") from None
+        except Closed as closed:
+            raise self._ending(closed) from None
         # Begun here: a response whose client is gone already may never ask for its first token.
         gone = asyncio.ensure_future(self._until_gone(request, job))
         self._watching.add(gone)
@@ -160,13 +160,16 @@ class Service:
         except SessionProblem as problem:
             raise Refused(STATUS.get(type(problem), 400), str(problem)) from None
         except Closed as closed:
-            raise Refused(503, str(closed), "server_error", "shutting_down") from None
+            raise self._ending(closed) from None
         finally:
             self._in_line -= in_line
 
     def _busy(self, message: str) -> Refused:
         self.metrics.add("refused")
         return Refused(429, message, "rate_limit_error", "busy")
+
+    def _ending(self, closed: Closed) -> Refused:
+        return Refused(503, str(closed), "server_error", "shutting_down")
 
     async def _session_job(self, asked: ChatRequest, session: str, tell: Callable[[Said | Exception], None]) -> Job:
         try:
@@ -219,7 +222,7 @@ class Service:
                 said = event.result()
                 cut = isinstance(said, Said) and said.token.finish_reason is None
                 if isinstance(said, Closed):
-                    raise Refused(503, str(said), "server_error", "shutting_down")
+                    raise self._ending(said)
                 if isinstance(said, Exception):
                     raise Refused(500, f"the model failed: {said}", "server_error")
                 self.metrics.add("tokens")

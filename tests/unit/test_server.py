@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -355,8 +356,26 @@ def test_a_model_that_fails_is_an_error_and_the_server_goes_on(lm: LM, monkeypat
 
 
 def test_shutting_down_ends_open_answers(endless: LM) -> None:
-    with serving(endless, Limits(slots=1, max_tokens=100_000)) as served, open_stream(served):
+    """A stream tells why it ends, a plain answer is an error; neither connection just breaks off."""
+    with serving(endless, Limits(slots=4, max_tokens=100_000)) as served, ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(lambda: list(served.openai.completions.create(**LONG, stream=True)))
+        plain = pool.submit(lambda: served.openai.completions.create(**LONG))
+        until(lambda: served.health()["running"] == 2)
         served.stop()
+        assert isinstance(plain.exception(), openai.InternalServerError)
+        for failed in (streamed.exception(), plain.exception()):
+            assert isinstance(failed, openai.APIError) and failed.code == "shutting_down"
+
+
+def test_shutting_down_waits_for_answers_that_end_soon(lm: LM) -> None:
+    with serving(lm, grace=20) as served, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(served.alone, "The river", max_tokens=100)
+        answer = pool.submit(
+            served.openai.completions.create, model="tiny", prompt="The river", max_tokens=100, temperature=0
+        )
+        until(lambda: served.health()["running"] == 1 or answer.done())
+        served.stop()
+        assert answer.result().choices[0].text == said.result()
 
 
 # --- the command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -114,16 +115,19 @@ def serve(
     )
     loopback = host in _LOOPBACK
     sessions = sessions_dir or home() / "sessions" / quote(name, safe="")
-    app = build(
-        lm,
-        name,
-        limits,
-        api_key,
-        sessions=sessions if save else None,
-        pages=static.FOLDER if page else None,
-        hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
-        origins=frozenset(allow_origin or ()),
-    )
+    try:
+        app = build(
+            lm,
+            name,
+            limits,
+            api_key,
+            sessions=sessions if save else None,
+            pages=static.FOLDER if page else None,
+            hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
+            origins=frozenset(allow_origin or ()),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"MODEL: {error}") from None
     console.print(
         f"{escape(name)}: {slots:,} states of {slot / 2**20:.1f} MiB each in memory, up to {min(max_running, slots)} "
         f"answers at a time; sessions are {f'saved in {escape(str(sessions))}' if save else 'not saved'}",
@@ -132,6 +136,7 @@ def serve(
     if not loopback and api_key is None:
         console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
     server = Server(app, host=host, port=port)
-    server.run()
+    with suppress(SystemExit, KeyboardInterrupt):  # when it cannot listen, and after Ctrl-C has ended it
+        server.run()
     if not server.started:
         raise typer.Exit(1)  # it has said why

@@ -18,10 +18,12 @@ import openai
 import pytest
 
 from bmojo_edge import checkpoint
+from bmojo_edge.config import Config
 from bmojo_edge.engine import LM
 from bmojo_edge.generate import prompt_ids, stream
 from bmojo_edge.server.app import Limits
 from bmojo_edge.tokenizer import Tokenizer
+from tests.helpers import random_weights
 from tests.unit.serving import Served, command, serve, serving, until
 from tests.unit.test_generation_engines import make
 
@@ -393,15 +395,19 @@ def test_the_command_serves_until_it_is_told_to_end(model_folder: Path) -> None:
         assert child.returncode in (0, -signal.SIGTERM)  # uvicorn ends, then raises the signal it was sent
 
 
-def test_the_command_says_what_it_cannot_do(model_folder: Path) -> None:
-    for arguments, code, says in (
-        (("--api-key", ""), 2, "--api-key"),
-        (("--port", "70000"), 2, "--port"),
-        (("--no-save", "--sessions-dir", "x"), 2, "--sessions-dir"),
-        (("--allow-origin", "x.org"), 2, "--allow-origin"),
-        (("--allow-origin", "https://x.org/"), 2, "--allow-origin"),
-    ):
-        child = serve(str(model_folder), *arguments)
-        _, stderr = child.communicate(timeout=30)
-        assert child.returncode == code
-        assert says in stderr
+def test_the_command_says_what_it_cannot_do(model_folder: Path, tmp_path: Path) -> None:
+    config = Config.preset("tiny", vocab_size=256, layer_types=("attention", "attention"), attention_window=None)
+    checkpoint.save(tmp_path / "growing", config, random_weights(config), model_folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for folder, arguments, code, says in (
+            (model_folder, ("--api-key", ""), 2, "--api-key"),
+            (model_folder, ("--port", "70000"), 2, "--port"),
+            (model_folder, ("--no-save", "--sessions-dir", "x"), 2, "--sessions-dir"),
+            (model_folder, ("--allow-origin", "https://x.org/"), 2, "--allow-origin"),
+            (model_folder, ("--no-save", "--port", str(taken.getsockname()[1])), 1, "in use"),
+            (tmp_path / "growing", ("--no-save",), 2, "full attention"),
+        ):
+            child = serve(str(folder), *arguments)
+            _, stderr = child.communicate(timeout=30)
+            assert child.returncode == code
+            assert says in stderr

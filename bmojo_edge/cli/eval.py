@@ -74,7 +74,12 @@ def evaluate(
     if engine is EngineName.mlx and device != "cpu":
         raise typer.BadParameter("--device is PyTorch's; MLX takes the GPU of a Mac by itself")
     if engine is EngineName.torch:
-        _check_device(device)
+        from bmojo_edge.torch.load import check_device
+
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise typer.BadParameter(f"--{error}") from None
     if data is None:
         results = _harness(names, model, engine, device, limit, batch, include)
     else:
@@ -137,16 +142,6 @@ def _harness(
         run: Any = lm_eval.simple_evaluate  # its decorator hides its parameters from type checkers
         found = run(adapter, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000)
     return results_of(found)
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"--device {name}: PyTorch cannot use it here ({reason})") from None
 
 
 def _open(model: str, engine: EngineName, device: str) -> Scorer:

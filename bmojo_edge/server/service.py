@@ -105,22 +105,13 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        kind = "chat" if isinstance(asked, ChatRequest) else "text"
         if isinstance(asked, ChatRequest) and asked.session_id is not None:
             job = await self._session_job(asked, asked.session_id, tell)
         else:
             job = await run_in_threadpool(self._job, asked, tell)
-        answer = Answer(kind, self.name, self.tokenizer, asked.top)
+        self._submit(job)
+        answer = Answer("chat" if isinstance(asked, ChatRequest) else "text", self.name, self.tokenizer, asked.top)
         deadline = loop.time() + self.limits.timeout
-        try:
-            self.worker.submit(job)
-        except Busy:
-            if job.owner is not None:
-                owner = job.owner
-                self.worker.call(lambda: owner.left(None))
-            raise self._busy("the server is busy; try again in a moment") from None
-        except Closed as closed:
-            raise self._ending(closed) from None
         # Begun here: a response whose client is gone already may never ask for its first token.
         gone = asyncio.ensure_future(self._until_gone(request, job))
         self._watching.add(gone)
@@ -133,6 +124,17 @@ class Service:
             return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
         whole = [one async for one in said]
         return reply(200, answer.whole(whole, usage(job, len(whole))))
+
+    def _submit(self, job: Job) -> None:
+        try:
+            self.worker.submit(job)
+        except (Busy, Closed) as problem:
+            if job.owner is not None:
+                owner = job.owner
+                self.worker.call(lambda: owner.left(None))
+            if isinstance(problem, Closed):
+                raise self._ending(problem) from None
+            raise self._busy("the server is busy; try again in a moment") from None
 
     async def perform(self, task: Callable[[], Steps[T]]) -> T:
         """What a task on sessions returns. It waits a moment for an answer to end, longer for all else.

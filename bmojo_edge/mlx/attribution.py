@@ -23,13 +23,14 @@ def attention_shares(
     """
     p, shares = bands[0].q.shape[-1], []
     for first in range(0, len(names), p):  # a value has room for p names
-
-        def marked(memory: Any, owner: mx.array, first: int = first) -> Any:
-            marks = (owner[:, None] - first == mx.arange(p)).astype(mx.float32)
-            q, k = memory.q.astype(mx.float32), memory.k.astype(mx.float32)
-            return memory._replace(q=q, k=k, v=mx.broadcast_to(marks, k.shape))
-
-        marked_bands = [marked(band, mx.full(band.k.shape[2], i)) for i, band in enumerate(bands)]
-        mixed = memory_attention(marked_bands, None if pinned is None else marked(pinned, owner), at, scale)
+        marked = [_marked(band, mx.full(band.k.shape[2], i - first)) for i, band in enumerate(bands)]
+        mixed = memory_attention(marked, None if pinned is None else _marked(pinned, owner - first), at, scale)
         shares += [mixed[..., i] for i in range(min(p, len(names) - first))]
     return dict(zip(names, shares, strict=True))
+
+
+def _marked(memory: Any, owner: mx.array) -> Any:
+    """A memory in float32, whose values are 1 at the number of their owner (n,)."""
+    q, k = memory.q.astype(mx.float32), memory.k.astype(mx.float32)
+    marks = (owner[:, None] == mx.arange(k.shape[-1])).astype(mx.float32)
+    return memory._replace(q=q, k=k, v=mx.broadcast_to(marks, k.shape))

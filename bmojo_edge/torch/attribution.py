@@ -22,16 +22,17 @@ def attention_shares(
     names: of the bands, then of the pinned memories; owner (b, n): whose each pinned column is, by place in `names`.
     Attention mixes values, so values that say whose they are come out as the shares.
     """
-    p, kind, shares = bands[0].q.shape[-1], wide(bands[0].q.dtype), []
+    p, shares = bands[0].q.shape[-1], []
     for first in range(0, len(names), p):  # a value has room for p names
-
-        def marked(memory: Any, owner: Tensor, first: int = first) -> Any:
-            q, k = memory.q.to(kind), memory.k.to(kind)
-            marks = (owner[..., None] - first == torch.arange(p, device=k.device)).to(kind)  # (b, n, p)
-            return memory._replace(q=q, k=k, v=marks[:, None].expand(k.shape))
-
-        marked_bands = [marked(band, torch.full_like(band.position, i)) for i, band in enumerate(bands)]
-        pins = None if pinned is None or owner is None else marked(pinned, owner)
-        mixed = memory_attention(marked_bands, pins, at, scale)
+        marked = [_marked(band, torch.full_like(band.position, i - first)) for i, band in enumerate(bands)]
+        pins = None if pinned is None or owner is None else _marked(pinned, owner - first)
+        mixed = memory_attention(marked, pins, at, scale)
         shares += [mixed[..., i] for i in range(min(p, len(names) - first))]
     return dict(zip(names, shares, strict=True))
+
+
+def _marked(memory: Any, owner: Tensor) -> Any:
+    """A memory in `wide` precision, whose values are 1 at the number of their owner (b, n)."""
+    q, k = memory.q.to(wide(memory.q.dtype)), memory.k.to(wide(memory.k.dtype))
+    marks = (owner[..., None] == torch.arange(k.shape[-1], device=k.device)).to(k.dtype)
+    return memory._replace(q=q, k=k, v=marks[:, None].expand(k.shape))

@@ -73,6 +73,13 @@ def evaluate(
     engine = engine or (EngineName.mlx if find_spec("mlx") is not None else EngineName.torch)
     if engine is EngineName.mlx and device != "cpu":
         raise typer.BadParameter("--device is PyTorch's; MLX takes the GPU of a Mac by itself")
+    if engine is EngineName.torch:
+        from bmojo_edge.torch.load import check_device
+
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise typer.BadParameter(f"--{error}") from None
     if data is None:
         results = _harness(names, model, engine, device, limit, batch, include)
     else:

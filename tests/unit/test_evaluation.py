@@ -305,6 +305,7 @@ def test_both_engines_print_the_same(folder: Path, sets: Path) -> None:
         (("--tasks", "quiz", "--data", "SETS", "--seed", "0"), 2, "--seed draws --limit N examples"),
         (("--tasks", "quiz", "--limit", "5", "--seed", "0"), 2, "--seed draws --limit N examples"),
         (("--tasks", "quiz", "--data", "SETS", "--engine", "mlx", "--device", "cuda"), 2, "--device is PyTorch's"),
+        (("--tasks", "quiz", "--data", "SETS", "--engine", "torch", "--device", "warp"), 2, "--device warp: PyTorch"),
     ],
 )
 def test_misuse_is_told_before_a_model_is_loaded(

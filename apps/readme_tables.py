@@ -187,8 +187,9 @@ def export() -> str:
         f"{found['threads']} thread{'s' * (found['threads'] > 1)} each" if found["threads"] else "threads as each likes"
     )
     return (
-        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}; {found['machine']}, "
-        f"{found['note']}; {versions}, commit {found['commit']}."
+        f"{_rows(header, body)}\n\n{found['model']}, {compared} positions compared, {threads}, MLX with "
+        f"{found['blas']}; {found['machine']}, load average {found['load']:.1f} before it began; {versions}, "
+        f"commit {found['commit']}."
     )
 
 

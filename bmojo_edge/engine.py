@@ -159,8 +159,11 @@ def to_host(array: Any) -> Callable[[], np.ndarray]:
 def weights_fingerprint(lm: LM) -> str:
     """A hash of names, shapes and some values of each parameter, in milliseconds; "" where a model shows none.
 
-    Both twins give the same for one folder, unless it is quantised: they hold those weights differently.
+    Both twins give the same for one folder, unless it is quantised: they hold those weights differently. An export has
+    no parameters but a `fingerprint`, that of the model it was made from.
     """
+    if told := getattr(lm, "fingerprint", None):
+        return told
     named, nested = getattr(lm, "named_parameters", None), getattr(lm, "parameters", None)  # PyTorch's, MLX's
     parameters = dict(named()) if named else dict(_named_arrays(nested())) if nested else {}
     if not parameters:

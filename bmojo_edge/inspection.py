@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from bmojo_edge.steps import Steps, finished
 from bmojo_edge.tensors import as_numpy
 
 Shares = dict[str, float]  # by the names of MEMORIES; together 1
+UNTOLD = "an export does not tell where it goes"
 
 
-class Watched(LM, Protocol):
+@runtime_checkable
+class Watched(Protocol):
     """A language model that tells how its attention divides, as both twins do."""
 
     def prefill_with_attention(self, tokens: Any, state: Any) -> tuple[Any, Any, list[dict[str, Any]]]: ...
@@ -78,6 +80,8 @@ def inspect(session: Session) -> Inspection:
 def inspecting(session: Session) -> Steps[Inspection]:
     """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
+    if not isinstance(lm, Watched):
+        return _inspection(lm, now, [], 0, UNTOLD)
     try:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
@@ -100,8 +104,12 @@ def inspect_text(lm: LM, ids: Sequence[int]) -> Inspection:
     if len(ids) > 1:
         logits, state = lm.prefill(np.array([ids[:-1]], np.int32), state)
         evaluate(logits, state)
-    state, attention = finished(_attention(lm, state, ids[-1:]))
-    return _inspection(lm, start.after(ids, state, (), lm.config), attention, 1)
+    if isinstance(lm, Watched):
+        state, attention = finished(_attention(lm, state, ids[-1:]))
+        return _inspection(lm, start.after(ids, state, (), lm.config), attention, 1)
+    logits, state = lm.decode_one_token(np.array(ids[-1:], np.int32), state)
+    evaluate(logits, state)
+    return _inspection(lm, start.after(ids, state, (), lm.config), [], 0, UNTOLD)
 
 
 def _attention(lm: Any, state: Any, tokens: Sequence[int]) -> Steps[tuple[Any, list[Shares]]]:

@@ -1,9 +1,10 @@
 """Runs an ONNX export: the constant-size state through onnxruntime, on any execution provider it has.
 
-`OnnxModel` has the face of `engine.LM`, so `be.stream` and `be.generate` take it. A state is a value that lives on the
-provider's device (onnx_state.py). A step runs when its logits or its state are looked at: by then a caller who goes on
-has let go of the state before, whose rings are then written where they are. Needs onnxruntime, NumPy and a tokenizer,
-neither PyTorch nor MLX. The folder's format: docs/export.md.
+`OnnxModel` has the face of `engine.LM`, so `be.stream`, `be.generate` and `Session` take it. A state is that of
+state.py, a value whose arrays live on the provider's device (onnx_state.py) once a step has read them; a caller may
+give NumPy's. A step runs when its logits or its state are looked at: by then a caller who goes on has let go of the
+state before, whose rings are then written where they are. Needs onnxruntime, NumPy and a tokenizer, neither PyTorch
+nor MLX. The folder's format: docs/export.md.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from safetensors.numpy import load_file
 
 from bmojo_edge import tokenizer
 from bmojo_edge.config import Config, ConfigError
-from bmojo_edge.onnx_state import Buffers, Leaf, Logits, State, Step
+from bmojo_edge.onnx_state import Buffers, Leaf, Logits, Step
+from bmojo_edge.state import BMojoState, State, leaves, map_leaves, state_spec
 from bmojo_edge.tensors import CheckpointError, read_json
 from bmojo_edge.tokenizer import Tokenizer
 
 FORMAT, VERSION = "bmojo-edge onnx", 1
 MANIFEST, SELF_TEST = "manifest.json", "self_test.safetensors"
+ON_HOST = ("eidetic.positions", "eidetic.scores")  # of a state; everything else stays on the device
 
 
 class SelfTest(NamedTuple):
@@ -39,11 +42,12 @@ class OnnxModel:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], config: Config, sessions: Mapping[str, Any]) -> None:
         self.folder, self.manifest, self.config = folder, manifest, config
         self.tokenizer: Tokenizer | None = None
+        self.fingerprint: str = manifest["weights"]
         self._sessions = dict(sessions)
         self._graphs = manifest["graphs"]
         self._base, self._period = manifest["position"]["base"], manifest["position"]["period"]
-        self._spec = {x["name"]: (tuple(x["shape"]), x["fill"]) for x in manifest["state"]}
-        self._index = {name: i for i, name in enumerate(self._spec)}
+        self._fill = {x["name"]: x["fill"] for x in manifest["state"]}
+        self._names = [name for name, _ in leaves(state_spec(config).layers, "layers")]
         self._buffers = Buffers(_device(next(iter(sessions.values()))))
         turns = manifest["turns"]
         self._turns = None if turns is None else np.array([int(turn) for turn in turns], np.uint64)
@@ -76,12 +80,9 @@ class OnnxModel:
     # --- the face of engine.LM ----------------------------------------------------------------------------------------
 
     def init_state(self, batch: int = 1, offset: int = 0) -> State:
-        """A fresh state. Rotation counts from 0 in an export: only differences of positions matter."""
-        if offset:
-            raise ValueError("offset: an exported model has none; positions begin at 0")
-        shapes = [((batch, *shape), fill) for shape, fill in self._spec.values()]
-        filled = (self._buffers.filled(np.full(shape, fill, np.float32)) for shape, fill in shapes)
-        return State(tuple(filled), np.zeros(batch, np.int64))
+        """A fresh state; rotation counts from `offset`."""
+        state = map_leaves(lambda leaf: np.full(leaf.shape, leaf.fill, leaf.dtype), state_spec(self.config, batch))
+        return state._replace(offset=state.offset + offset)
 
     def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[np.ndarray, State]:
         """Logits (b, v) of each row's last real token of tokens (b, t), right-padded to lengths (b,), and the state.
@@ -110,55 +111,79 @@ class OnnxModel:
         tokens = np.asarray(token, np.int32)[:, None]
         return self._move(tokens, state, None if active is None else np.asarray(active, bool))
 
-    def choices(self, state: State) -> dict[int, np.ndarray]:
-        """What a commit now would keep in each bmojo layer: (b, e) candidates, slots then window, -1 = empty."""
-        return self._commit(state)[1]
-
     # --- graphs -------------------------------------------------------------------------------------------------------
 
     def _move(self, tokens: np.ndarray, state: State, active: np.ndarray | None) -> tuple[Logits | np.ndarray, State]:
         """Logits and state after tokens (b, 1) or (b, chunk) of the `active` rows, None = all."""
         old, size = state, tokens.shape[1]
-        if not (state.position % self.config.chunk_size).all():
-            state = self._commit(state)[0]
-        given = {"tokens": tokens, **self._place(state.position, size)}
-        step, leaves = self._step("decode" if size == 1 else "prefill", given, state)
+        if "commit" in self._graphs and not (state.position % self.config.chunk_size).all():
+            state = self._commit(state)
+        step, layers = self._step("decode" if size == 1 else "prefill", {"tokens": tokens}, state, size)
         logits = Logits(step)
         if active is None:
-            return logits, State(leaves, old.position + size)
-        kept = tuple(self._chosen(active, new, before) for new, before in zip(leaves, old.leaves, strict=True))
-        return np.where(active[:, None], logits, 0), State(kept, old.position + size * active)
+            return logits, State(layers, old.position + size, old.offset)
+        layers = map_leaves(lambda new, before: _chosen(active, new, before), layers, old.layers)
+        return np.where(active[:, None], logits, 0), State(layers, old.position + size * active, old.offset)
 
-    def _chosen(self, active: np.ndarray, new: Leaf, old: Leaf) -> Leaf:
-        """A leaf with the rows of `new` where active and of `old` elsewhere."""
-        if new is old:
-            return old
-        a, b = np.asarray(new), np.asarray(old)
-        return self._buffers.filled(np.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b))
+    def _commit(self, state: State) -> State:
+        """The state with its eidetic slots chosen anew in rows that stand at the beginning of a chunk."""
+        step, layers = self._step("commit", {}, state, 1)
+        said, chosen = step.said(), []
+        leaving = state.position[:, None] - self.config.window + np.arange(self.config.chunk_size)
+        for i, layer in enumerate(layers):
+            if f"choice.{i}" in said:
+                choice = said[f"choice.{i}"]  # (b, e) candidates: slots, then the window's oldest tokens; -1 = empty
+                among = np.concatenate([layer.eidetic.positions, leaving], axis=1)
+                positions = np.where(choice < 0, -1, np.take_along_axis(among, np.maximum(choice, 0), axis=1))
+                scores = np.where(choice < 0, 0, said[f"new.layers.{i}.eidetic.scores"])
+                layer = layer._replace(eidetic=layer.eidetic._replace(positions=positions, scores=scores))
+            chosen.append(layer)
+        return state._replace(layers=tuple(chosen))
 
-    def _commit(self, state: State) -> tuple[State, dict[int, np.ndarray]]:
-        if "commit" not in self._graphs:
-            return state, {}
-        step, leaves = self._step("commit", self._place(state.position, 1), state)
-        found = {int(name.removeprefix("choice.")): x for name, x in step.said().items()}
-        return State(leaves, state.position), found
+    def _step(self, graph: str, given: dict[str, np.ndarray], state: State, size: int) -> tuple[Step, tuple[Any, ...]]:
+        """A call of a graph with `size` tokens, to be run when it is looked at, and the layers' states after it."""
+        found = dict(zip(self._names, (leaf for _, leaf in leaves(state.layers)), strict=True))
+        held = {
+            name: leaf if isinstance(leaf, Leaf) else self._buffers.filled(leaf)
+            for name, leaf in found.items()
+            if not name.endswith(ON_HOST)
+        }
+        given = given | self._place(state, size) | self._slots(state)
+        step = Step(self._sessions[graph], self._graphs[graph], given, held, self._buffers)
+        values = iter((found | held | step.leaves()).values())
+        return step, map_leaves(lambda _: next(values), state.layers)
 
-    def _place(self, position: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    def _place(self, state: State, size: int) -> dict[str, np.ndarray]:
         """Position as the graphs take it, and the angles of `size` tokens from it."""
+        position = state.position
         wrapped = np.where(position < self._base, position, self._base + (position - self._base) % self._period)
         given = {"position": wrapped.astype(np.int32)}
         if self._turns is not None:
-            phase = (position[:, None] + np.arange(size)).astype(np.uint64)[..., None] * self._turns
-            turn = phase.view(np.int64) * (2 * np.pi / 2.0**64)
+            at = (position + state.offset)[:, None] + np.arange(size)
+            turn = (at.astype(np.uint64)[..., None] * self._turns).view(np.int64) * (2 * np.pi / 2.0**64)
             given |= {"cos": np.cos(turn).astype(np.float32), "sin": np.sin(turn).astype(np.float32)}
         return given
 
-    def _step(self, graph: str, given: Mapping[str, np.ndarray], state: State) -> tuple[Step, tuple[Leaf, ...]]:
-        """A call of a graph, to be run when it is looked at, and the leaves there will be."""
-        held = {name: state.leaves[i] for name, i in self._index.items()}
-        made = {name: (len(state.position), *shape) for name, (shape, _) in self._spec.items()}
-        step = Step(self._sessions[graph], self._graphs[graph], given, held, made, self._buffers)
-        return step, tuple((held | step.leaves()).values())
+    def _slots(self, state: State) -> dict[str, np.ndarray]:
+        """Eidetic slots as the graphs take them: no positions, but from which place of the running chunk on to see."""
+        given, begin = dict[str, np.ndarray](), state.position - state.position % self.config.chunk_size
+        for i, layer in enumerate(state.layers):
+            if not isinstance(layer, BMojoState) or not layer.eidetic:
+                continue
+            slots, name = layer.eidetic, f"layers.{i}.eidetic"
+            place = np.maximum(slots.positions + self.config.window - begin[:, None], 0)
+            for leaf, value in (("admitted", place), ("scores", slots.scores)):
+                fill = self._fill[f"{name}.{leaf}"]
+                given[f"{name}.{leaf}"] = np.where(slots.positions < 0, fill, value).astype(np.float32)
+        return given
+
+
+def _chosen(active: np.ndarray, new: Any, old: Any) -> Any:
+    """A leaf with the rows of `new` where active and of `old` elsewhere."""
+    if new is old:
+        return old
+    a, b = np.asarray(new), np.asarray(old)
+    return np.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
 
 def _device(session: Any) -> str:

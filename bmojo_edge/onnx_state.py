@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +38,16 @@ class Leaf:
             self._buffers.give_back(self._slot)
 
     @property
+    def dtype(self) -> np.dtype:
+        """Always float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(b, ...)."""
+        return self._slot.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the array."""
         return 4 * math.prod(self._slot.shape)
@@ -55,13 +65,6 @@ class Leaf:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.settled().value.numpy(), dtype)  # a copy: the array may be written later
-
-
-class State(NamedTuple):
-    """The leaves in the manifest's order, (b, ...) float32, and every row's position (b,) int64."""
-
-    leaves: tuple[Leaf, ...]
-    position: np.ndarray
 
 
 class Buffers:
@@ -106,15 +109,17 @@ class Step:
         graph: Mapping[str, list[str]],
         given: Mapping[str, np.ndarray],
         held: Mapping[str, Leaf],
-        shapes: Mapping[str, tuple[int, ...]],
         buffers: Buffers,
     ) -> None:
-        """graph: its `inputs`, `outputs` and `in_place`; given: inputs besides the state; held: the state's leaves."""
+        """graph: its `inputs`, `outputs` and `in_place`; given: inputs on the host; held: leaves by name.
+
+        What it makes of `held` are leaves, named `new.` and the old one's name; whatever else it makes it says.
+        """
         self._session, self._graph, self._given, self._buffers = session, graph, given, buffers
         # Steps before this one run now: their callers have let go of older states, and none waits for a long chain.
         self._read = {name: held[name].claim() for name in graph["inputs"] if name in held}
-        made = [name.removeprefix("new.") for name in graph["outputs"] if name.startswith("new.")]
-        self._made = {name: _Slot(shapes[name]) for name in made}
+        made = [name.removeprefix("new.") for name in graph["outputs"]]
+        self._made = {name: _Slot(held[name].shape) for name in made if name in held}
         self._said: dict[str, np.ndarray] | None = None
 
     def leaves(self) -> dict[str, Leaf]:
@@ -122,7 +127,7 @@ class Step:
         return {name: Leaf(self._buffers, slot, self) for name, slot in self._made.items()}
 
     def said(self) -> dict[str, np.ndarray]:
-        """What the graph says besides the state."""
+        """What the graph makes besides leaves, on the host."""
         self.run()
         assert self._said is not None
         return self._said
@@ -141,7 +146,7 @@ class Step:
         in_place = {name for name in self._graph["in_place"] if slots[name].holders == 1}  # this step alone
         for output in outputs:
             name = output.removeprefix("new.")
-            if name == output:
+            if name not in self._made:
                 binding.bind_output(output)
                 continue
             slot = self._made[name]
@@ -151,7 +156,7 @@ class Step:
         for name in in_place:
             slots[name].value = None
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        self._said = {name: value.numpy() for name, value in values.items() if not name.startswith("new.")}
+        self._said = {x: value.numpy() for x, value in values.items() if x.removeprefix("new.") not in self._made}
         self._read, self._given = {}, {}
         for slot in self._made.values():
             if not slot.holders:

@@ -1,7 +1,7 @@
 """How likely a model finds texts: log-likelihoods of continuations in ragged batches, and batched generation.
 
-A context that several continuations share is read once and its state forked. It works on either twin, on ids; it knows
-nothing of tasks, files or metrics.
+A context that several continuations share is read once and its state forked. It works on either twin, on ids; what
+compares two models also works on exports. It knows nothing of tasks, files or metrics.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bmojo_edge.engine import LM, as_engine, take_rows, token_logprobs, without_gradients
+from bmojo_edge.engine import LM, as_engine, evaluate, take_rows, token_logprobs, without_gradients
 from bmojo_edge.generate import prompt_ids
 from bmojo_edge.sampling import Sampler, Sampling
 from bmojo_edge.stopping import StopStrings
@@ -204,6 +204,26 @@ def _continue(lm: LM, asked: Sequence[Asked]) -> list[str]:
         if active.any():
             logits, state = lm.decode_one_token(np.array(chosen, np.int64), state, active)
     return [row.text for row in rows]
+
+
+def predictions(lm: LM, ids: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Natural-log probabilities (n, v), float64, of the token after each of n calls, which read `sizes` of ids (t,)."""
+    state, at, found = lm.init_state(), 0, []
+    for size in sizes:
+        if size == 1:
+            logits, state = lm.decode_one_token(ids[at : at + 1], state)
+        else:
+            logits, state = lm.prefill(ids[None, at : at + size], state)
+        wide = evaluate(logits, state).astype(np.float64)
+        wide -= wide.max()
+        found.append(wide - np.log(np.exp(wide).sum()))
+        at += size
+    return np.stack(found)
+
+
+def divergences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """KL (n,) in nats of their predictions (n, v) from ours."""
+    return (np.exp(ours) * (ours - theirs)).sum(-1)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """ONNX exports beside the model they were made from: KL to MLX, likeliest tokens, speed beside MLX and PyTorch.
 
-    python apps/bench/export.py                              # the default model, Shakespeare, half an hour on 2 cores
+    make bench BENCHES=export                                # the default model, Shakespeare, ten minutes on 2 cores
     python apps/bench/export.py --model DIR --text FILE --weights float32 int8
 
 Exports are made by the command line in a process of its own, which tells its time and memory. They are kept in
@@ -25,6 +25,7 @@ import numpy as np
 
 import bmojo_edge as be
 from bmojo_edge.engine import evaluate
+from bmojo_edge.scoring import divergences, predictions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
@@ -72,33 +73,15 @@ def calls(chunk: int, read: int, tokens: int) -> list[int]:
     return [1] * chunk + [chunk] * (read // chunk - 1) + [1] * tokens
 
 
-def logits_of(lm: Any, ids: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Logits (n, v) after each call."""
-    state, at, found = lm.init_state(), 0, []
-    for size in sizes:
-        if size == 1:
-            logits, state = lm.decode_one_token(ids[at : at + 1], state)
-        else:
-            logits, state = lm.prefill(ids[None, at : at + size], state)
-        found.append(evaluate(logits, state))
-        at += size
-    return np.stack(found)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-
-
-def quality(ours: np.ndarray, got: np.ndarray) -> dict[str, float]:
+def quality(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """KL(MLX || export) in nats, and how often both find the same token likeliest."""
-    kl = []
-    for a, b in zip(ours, got, strict=True):
-        p, q = log_softmax(a), log_softmax(b)
-        kl.append(float((np.exp(p) * (p - q)).sum()))
-    same = float((ours.argmax(-1) == got.argmax(-1)).mean())
-    return {"kl_mean": float(np.mean(kl)), "kl_max": float(np.max(kl)), "same_likeliest": same, "positions": len(kl)}
+    kl, same = divergences(ours, theirs), ours.argmax(-1) == theirs.argmax(-1)
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "same_likeliest": float(same.mean()),
+        "positions": len(kl),
+    }
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -178,7 +161,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192, help="tokens decoded after those")
     parser.add_argument("--rounds", type=int, default=8, help=f"turns of {TURN} tokens in the comparison of speed")
     parser.add_argument("--threads", type=int, default=0, help="of every engine; default: as each likes")
-    parser.add_argument("--note", default="nothing else running", help="the machine's mood, for the table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/export.json")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -188,6 +170,7 @@ def main() -> None:
         from bmojo_convert.default import ensure_default_model
 
         args.model = ensure_default_model()
+    load = os.getloadavg()[0]  # before this program adds its own
     args.exports.mkdir(parents=True, exist_ok=True)
     folders = {weights: args.exports / f"{args.model.name}-{weights}" for weights in args.weights}
     told = {weights: export(args.model, folder, weights) for weights, folder in folders.items()}
@@ -197,14 +180,14 @@ def main() -> None:
     sizes = calls(lm.config.chunk_size, args.read or lm.config.window, args.tokens)
     ids = np.array(lm.tokenizer.encode(args.text.read_text(encoding="utf-8")[: 20 * sum(sizes)]), np.int32)
     ids = ids[: sum(sizes)]
-    ours = logits_of(lm, ids, sizes)
+    ours = predictions(lm, ids, sizes)
     del lm
     engines = {"MLX": ("MLX", args.model), "PyTorch": ("PyTorch", args.model)}
     rows: dict[str, dict[str, Any]] = {name: {"engine": name, "weights": "float32"} for name in engines}
     for weights, folder in folders.items():
         name = f"onnxruntime {weights}"
         engines[name] = "onnxruntime", folder
-        found = quality(ours, logits_of(opened("onnxruntime", folder), ids, sizes))
+        found = quality(ours, predictions(opened("onnxruntime", folder), ids, sizes))
         export_told = {"export_seconds": told[weights]["seconds"], "export_peak_bytes": told[weights]["peak_memory"]}
         size = sum(told[weights]["files"].values())
         rows[name] = {"engine": "onnxruntime", "weights": weights, **found, **export_told, "file_bytes": size}
@@ -212,7 +195,8 @@ def main() -> None:
     for name, found in speeds(engines, ids[: args.read or 1024], args.rounds, args.threads).items():
         rows[name] |= found
         print(name, found, flush=True)
-    how = {"model": args.model.name, "text": args.text.name, "threads": args.threads, "note": args.note}
+    blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "the BLAS in its wheel"
+    how = {"model": args.model.name, "text": args.text.name, "threads": args.threads, "blas": blas, "load": load}
     report.write(args.out, list(rows.values()), PACKAGES, **how)
 
 

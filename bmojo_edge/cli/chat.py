@@ -23,7 +23,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A model folder or hub id; left out: the saved session's, or a small one."
+            metavar="MODEL",
+            help="A model folder, an export or hub id; left out: the saved session's, or a small one.",
         ),
     ] = None,
     prompt: Annotated[
@@ -106,14 +107,7 @@ def chat(
 def _model(model: str | None, memory: Path | None) -> Iterator[LM]:
     """The model, with a store beside it where one is named; a store that is not there is made."""
     if memory is None:
-        lm = open_model(model)
-        from bmojo_edge.onnx_runner import OnnxModel
-
-        if isinstance(lm, OnnxModel):
-            raise typer.BadParameter(
-                "MODEL: an ONNX export answers one prompt: bmojo-edge generate --model DIR --chat --prompt TEXT"
-            )
-        yield lm
+        yield open_model(model)
         return
     from bmojo_edge.cli.memory import opened
 

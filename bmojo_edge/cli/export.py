@@ -6,6 +6,8 @@ import json as json_format
 import re
 import resource
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -41,23 +43,34 @@ class HalfWeights(StrEnum):
     palettized4 = "palettized4"
 
 
-@app.callback()
-def _export() -> None:
-    pass
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an export of the same kind.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
+]
+
+
+@contextmanager
+def _exporting(model: str, out: Path, json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Say what is made, how far it is, and in the end what was written and what it took."""
+    begun = time.perf_counter()
+    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
+    with progress_bar() as progress:
+        yield progress
+    _report(out, json, begun)
 
 
 @app.command("onnx")
 @clear_errors
 def onnx(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    model: Model,
+    out: Out,
     weights: Annotated[
         Weights, typer.Option(help="int8 and int4: matrices in blocks of 32 with a scale each, the embedding as int8.")
     ] = Weights.float32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX export of ours.")] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
-    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export to ONNX: graphs for one token, for a chunk and for the eidetic choice, a manifest and the tokenizer.
@@ -70,23 +83,19 @@ def onnx(
 
     bmojo-edge export onnx smollm2-w1024 --out smollm2-int8 --weights int8
 
-    bmojo-edge generate --model smollm2-int8 --chat --prompt "What is the capital of France?"
+    bmojo-edge chat smollm2-int8
     """
     from bmojo_convert.to_onnx import to_onnx
 
-    begun = time.perf_counter()
-    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
-    quantize = None if weights is Weights.float32 else weights.value
-    with progress_bar() as progress:
-        to_onnx(model, out, quantize=quantize, overwrite=overwrite, progress=progress)
-    _report(out, json, begun)
+    with _exporting(model, out, json) as progress:
+        to_onnx(model, out, weights=weights.value, overwrite=overwrite, progress=progress)
 
 
 @app.command("coreml")
 @clear_errors
 def coreml(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    model: Model,
+    out: Out,
     weights: Annotated[
         HalfWeights,
         typer.Option(
@@ -94,10 +103,8 @@ def coreml(
             "float32: arithmetic in float32 too."
         ),
     ] = HalfWeights.float16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Core ML export of ours.")] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: path, bytes of each file, seconds, peak memory.")
-    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export to Core ML: one package for iOS 18 and macOS 15 with half-precision states, a manifest and the tokenizer.
@@ -112,20 +119,17 @@ def coreml(
     """
     from bmojo_convert.to_coreml import to_coreml
 
-    begun = time.perf_counter()
-    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
-    with progress_bar() as progress:
+    with _exporting(model, out, json) as progress:
         to_coreml(model, out, weights=weights.value, overwrite=overwrite, progress=progress)
-    _report(out, json, begun)
 
 
 @app.command("mlxfn")
 @clear_errors
 def mlxfn(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an mlxfn export of ours.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: path, files and their bytes.")] = False,
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export to MLX functions for Swift and C++: one .mlxfn file with the weights, a manifest and the tokenizer.
@@ -137,15 +141,12 @@ def mlxfn(
 
     bmojo-edge export mlxfn smollm2-w1024 --out smollm2-mlxfn
 
-    bmojo-edge generate --model smollm2-mlxfn --chat --prompt "What is the capital of France?"
+    bmojo-edge chat smollm2-mlxfn
     """
     from bmojo_convert.to_mlxfn import to_mlxfn
 
-    begun = time.perf_counter()
-    console.print(f"Exporting {escape(model)} to {escape(str(out))}", soft_wrap=True)
-    with progress_bar() as progress:
+    with _exporting(model, out, json) as progress:
         to_mlxfn(model, out, overwrite=overwrite, progress=progress)
-    _report(out, json, begun)
 
 
 def _report(out: Path, json: bool, begun: float) -> None:

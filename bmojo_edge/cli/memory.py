@@ -39,6 +39,8 @@ def opened(folder: Path, model: str | None, disk_gb: float | None = None, keeps:
     if not there and disk_gb is None:
         Store(folder)  # says what is wrong
     lm: Any = open_model(_model_of(folder) if there and model is None else model)
+    if not hasattr(lm, "window_blocks"):
+        raise typer.BadParameter("MODEL: an export has no storage; take the folder it was made from")
     if there:
         store = Store(folder, identity(lm))
     else:

@@ -30,6 +30,7 @@ class MlxfnModel:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], config: Config, function: Any) -> None:
         self.folder, self.manifest, self.config = folder, manifest, config
         self.tokenizer: Tokenizer | None = None
+        self.fingerprint: str = manifest["weights"]
         self._function = function
         self._spec = state_spec(config, 1)
 

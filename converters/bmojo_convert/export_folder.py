@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
@@ -39,14 +42,15 @@ def check_exportable(config: Config) -> None:
         )
 
 
-def exported_folder(out: Path, target: Target, overwrite: bool) -> AbstractContextManager[Path]:
+@contextmanager
+def exported_folder(out: Path, target: Target, overwrite: bool) -> Iterator[Path]:
     """A folder that takes its name when it is complete; an export of ours is replaced where `overwrite`."""
 
     def check(folder: Path) -> None:
         if folder.is_dir() and not any(folder.iterdir()):
             return
         if not overwrite:
-            raise ExportError(f"{folder}: exists; choose another name or ask for it to be overwritten")
+            raise ExportError(f"{folder}: exists; choose another name, or --overwrite replaces it")
         try:
             found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -54,7 +58,14 @@ def exported_folder(out: Path, target: Target, overwrite: bool) -> AbstractConte
         if found != target.value:
             raise ExportError(f"{folder}: exists and is no {target.value} export, so it is not replaced")
 
-    return staged(out, check)
+    try:
+        with staged(out, check) as folder:
+            yield folder
+    except OSError as error:  # of a full disk the system names no file, and shutil every one
+        if f"[Errno {errno.ENOSPC}]" not in str(error):
+            raise
+        full = f"{os.strerror(errno.ENOSPC)}, there or in {tempfile.gettempdir()}"
+        raise OSError(errno.ENOSPC, full, str(out)) from error
 
 
 def record_self_test(

@@ -6,12 +6,16 @@ Apple systems only: this module converts anywhere and runs nothing; docs/export.
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import json
 import logging
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -75,7 +79,7 @@ def to_coreml(
     if commit.layers:
         graphs["commit"] = commit
     with exported_folder(Path(out), Target.coreml, overwrite) as folder:
-        with tempfile.TemporaryDirectory(dir=folder) as parts:
+        with tempfile.TemporaryDirectory(dir=folder) as parts, _own_temporaries():
             for name, graph in graphs.items():
                 with _told(progress, name):
                     _compressed(convert(graph, weights), weights).save(str(Path(parts) / f"{name}.mlpackage"))
@@ -84,6 +88,21 @@ def to_coreml(
         record(folder, lm)
         write_text(folder / "manifest.json", json.dumps(manifest(lm, graphs, weights), indent=1) + "\n")
     return Path(out)
+
+
+@contextmanager
+def _own_temporaries() -> Iterator[None]:
+    """A folder of our own for coremltools' temporary files: when a disk is full it leaves some behind."""
+    former, folder = tempfile.tempdir, tempfile.mkdtemp(prefix="bmojo-")
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(remove)  # the traceback of a failure holds files in it that want to be removed themselves
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = former
+    remove()
+    atexit.unregister(remove)
 
 
 @contextmanager
@@ -111,12 +130,10 @@ def _told(progress: Progress | None, stage: str) -> Iterator[None]:
             setattr(module, attribute, loop)
         with _quiet():
             yield
-    except (
-        RuntimeError
-    ) as error:  # coremltools' writer knows no better, and writes to the folder for temporary files first
+    except RuntimeError as error:  # coremltools' writer knows no better
         if "FileWriter" not in str(error):
             raise
-        raise OSError(f"{tempfile.gettempdir()}: a file could not be written; is the disk full? ({error})") from error
+        raise OSError(f"a file could not be written; is the disk full? ({error})") from error
     finally:
         for (module, attribute), bar in zip(modules, bars, strict=True):
             setattr(module, attribute, bar)
@@ -135,13 +152,19 @@ def _require_packages(weights: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """coremltools without its remarks on versions it was not tested with and on what Linux lacks."""
-    log = logging.getLogger("coremltools")
-    level, log.level = log.level, logging.CRITICAL
+    """coremltools without its remarks on versions, on what Linux lacks, on its casts and on what it leaves as it is;
+    PyTorch's tracer without those on sizes, which are constants here."""
+    loggers = [logging.getLogger(), logging.getLogger("coremltools")]
+    levels = [logger.level for logger in loggers]
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        log.level = level
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- one function -----------------------------------------------------------------------------------------------------

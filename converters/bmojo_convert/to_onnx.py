@@ -22,6 +22,7 @@ from bmojo_convert.export_folder import ExportError, Target, exported_folder
 from bmojo_convert.exporting import open_exportable, record
 from bmojo_convert.onnx_layers import OPSET, whole
 from bmojo_convert.step import Commit, Decode, Graph, Prefill, position_cycle, state_leaves
+from bmojo_edge.engine import weights_fingerprint
 from bmojo_edge.rope import turns_per_token
 from bmojo_edge.tensors import write_text
 from bmojo_edge.torch import Model
@@ -34,8 +35,8 @@ INLINE_BYTES = 1024  # smaller constants stay in the graph
 ALIGNMENT = 4096  # of tensors in the file of weights, so that runtimes may map it
 BLOCK = 32  # weights that share a scale
 TOLERANCE = 1e-4  # RMS ratio of float32 graphs to the model
-BITS = {"int8": 8, "int4": 4}
-WEIGHTS = "weights.bin"
+WEIGHTS = {"float32": 32, "int8": 8, "int4": 4}  # bits
+FILE = "weights.bin"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Progress = Callable[[str, int, int], None]
@@ -45,20 +46,20 @@ def to_onnx(
     model: str | Path,
     out: str | Path,
     *,
-    quantize: str | None = None,
+    weights: str = "float32",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a model folder (or hub id) to ONNX and return the folder written.
 
-    quantize: "int8" or "int4" stores matrices in blocks of 32 with a scale each, the embedding as int8; None: float32.
+    weights: "float32"; "int8" or "int4": matrices in blocks of 32 with a scale each, the embedding as int8.
     overwrite: replace `out` if it is an export of ours. progress is called with (stage, done, total); the stages are
     "decode", "prefill", "commit" and "check". The folder appears whole, and only if its graphs give the model's logits.
     Raises ExportError naming the layer or the option, ModuleNotFoundError without the extra `onnx`, OSError on a full
     disk.
     """
-    if quantize is not None and quantize not in BITS:
-        raise ExportError(f"quantize: must be one of {', '.join(BITS)}, got {quantize!r}")
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     for package in PACKAGES:  # before minutes of work
         import_module(package)
     lm = open_exportable(model)
@@ -68,22 +69,22 @@ def to_onnx(
         graphs["commit"] = commit
     described: dict[str, Any] = {}
     with exported_folder(Path(out), Target.onnx, overwrite) as folder:
-        with Weights(folder / WEIGHTS) as weights:
+        with WeightsFile(folder / FILE) as file:
             for name, graph in graphs.items():
                 _tell(progress, name, 0)
                 proto = export_graph(graph)
-                if quantize is None:
+                if weights == "float32":
                     products_of_weights(proto, keep=_tables(proto))
                 elif name != "commit":
-                    proto = quantized(proto, BITS[quantize])
-                weights.take(proto)
+                    proto = quantized(proto, WEIGHTS[weights])
+                file.take(proto)
                 (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
                 described[name] = {"file": f"{name}.onnx", **description(proto)}
                 _tell(progress, name, 1)
         _tell(progress, "check", 0)
         record(folder, lm)
-        write_text(folder / "manifest.json", json.dumps(manifest(lm, described, quantize), indent=1) + "\n")
-        _check(folder, quantize)
+        write_text(folder / "manifest.json", json.dumps(manifest(lm, described, weights), indent=1) + "\n")
+        _check(folder, weights)
         _tell(progress, "check", 1)
     return Path(out)
 
@@ -223,7 +224,7 @@ def products_of_weights(proto: ModelProto, keep: Container[str]) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class Weights:
+class WeightsFile:
     """The file that holds the large tensors of all graphs, each content once, written as graphs come."""
 
     def __init__(self, path: Path) -> None:
@@ -285,9 +286,9 @@ def description(proto: ModelProto) -> dict[str, list[str]]:
     return {"inputs": inputs, "outputs": outputs, "in_place": in_place}
 
 
-def manifest(lm: Model, graphs: dict[str, Any], quantize: str | None) -> dict[str, Any]:
+def manifest(lm: Model, graphs: dict[str, Any], weights: str) -> dict[str, Any]:
     """What a runner needs to know besides the graphs (docs/export.md)."""
-    config = lm.config
+    config, quantize = lm.config, None if weights == "float32" else weights
     turns = turns_per_token(config)
     base, period = position_cycle(config)
     state = [
@@ -298,6 +299,7 @@ def manifest(lm: Model, graphs: dict[str, Any], quantize: str | None) -> dict[st
         "format": Target.onnx.value,
         "version": 1,
         "config": config.to_dict(),
+        "weights": weights_fingerprint(lm) + (f"-{quantize}" if quantize else ""),
         "quantize": quantize,
         "block": BLOCK if quantize else None,
         "opset": OPSET,
@@ -310,12 +312,12 @@ def manifest(lm: Model, graphs: dict[str, Any], quantize: str | None) -> dict[st
     }
 
 
-def _check(folder: Path, quantize: str | None) -> None:
+def _check(folder: Path, weights: str) -> None:
     """Run what was written: float32 graphs must give the model's logits, quantised ones finite logits."""
     from bmojo_edge.onnx_runner import OnnxModel, self_test
 
     found = self_test(OnnxModel.load(folder))
-    if quantize is None and not found.error < TOLERANCE:
+    if weights == "float32" and not found.error < TOLERANCE:
         raise ExportError(f"{folder.name}: the graphs give other logits than the model, RMS ratio {found.error:.1e}")
     if not np.isfinite(found.error):
         raise ExportError(f"{folder.name}: the quantised graphs give logits that are no numbers")

@@ -283,20 +283,10 @@ def test_a_full_disk(packages: Any, tmp_path: Path) -> None:
     source = packages("bmojo", "float32").with_name("model")
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)); "
     code = limited + "from bmojo_edge.cli import main; main()"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        code,
-        "export",
-        "coreml",
-        str(source),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "-c", code, "export", "coreml", str(source), "--out", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "is the disk full?" in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert "Warning" not in run.stderr  # of coremltools and PyTorch's tracer
     assert not list(tmp_path.iterdir())
 
 

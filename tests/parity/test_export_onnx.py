@@ -3,7 +3,9 @@
 import errno
 import gc
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ try:
 except ModuleNotFoundError as error:
     absent("ONNX exports", f"{error.name} is not installed")
 
+import bmojo_edge as be
 from bmojo_convert import to_onnx as exporter
 from bmojo_convert.export_folder import ExportError
 from bmojo_convert.to_onnx import to_onnx
@@ -30,13 +33,17 @@ from bmojo_edge import checkpoint, reference
 from bmojo_edge.checkpoint import CheckpointError
 from bmojo_edge.cli import app
 from bmojo_edge.config import Config
-from bmojo_edge.onnx_runner import OnnxModel, State, self_test
-from tests.helpers import assert_close, odd, random_tokens, random_weights, rms_ratio
+from bmojo_edge.onnx_runner import OnnxModel, self_test
+from bmojo_edge.session import Session, SessionError
+from bmojo_edge.state import State, leaves
+from bmojo_edge.torch import load as load_torch
+from tests.helpers import assert_close, assert_states_close, odd, random_tokens, random_weights, rms_ratio
+from tests.unit.tokenizer_folders import byte_level
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
 MODELS: dict[str, Config] = {
-    "bmojo": odd("bmojo", "bmojo", n_fading=8, tie_embeddings=True),
+    "bmojo": odd("bmojo", "bmojo", n_fading=8, tie_embeddings=True, vocab_size=420),
     "mamba": odd("mamba", rope_theta=None),
     "windowed attention": odd("attention", ssm=None, attention_window=7, n_eidetic=0),
 }
@@ -67,42 +74,32 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in MODELS.items():
         folder = tmp_path_factory.mktemp("exports") / name
         checkpoint.save(folder, config, random_weights(config))
+        if name == "bmojo":
+            byte_level(folder)
         found[name] = to_onnx(folder, folder.with_name(f"{name} onnx"))
-    return found
-
-
-def held(config: Config, model: OnnxModel, state: State, before: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Positions in the slots of each layer once `state`, at the beginning of a chunk, has chosen anew."""
-    leaving = state.position[:, None] - config.window + np.arange(config.chunk_size)
-    found = {}
-    for layer, choice in model.choices(state).items():
-        slots = before.get(layer, np.full(choice.shape, -1))
-        chosen = np.take_along_axis(np.concatenate([slots, leaving], axis=1), np.maximum(choice, 0), axis=1)
-        found[layer] = np.where(choice < 0, -1, chosen)
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_three_hundred_steps_are_the_oracle(name: str, exports: dict[str, Path]) -> None:
+    """Logits, eidetic choices, and in the end the whole state, which is the runtime's own."""
     config = MODELS[name]
     tokens = random_tokens(config, 2, STEPS)
-    ref, _, memory = reference.forward(config, random_weights(config), tokens, return_memory=True)
+    ref, ref_state, memory = reference.forward(config, random_weights(config), tokens, return_memory=True)
     model, chunk = OnnxModel.load(exports[name], threads=1), config.chunk_size
-    state, slots = model.init_state(2), {}
-    got = np.zeros_like(ref)
+    state, eidetic = model.init_state(2), [i for i, kind in enumerate(config.layer_types) if kind == "bmojo"]
     at = 0
     while at < STEPS:
-        if at % chunk == 0:
-            slots = held(config, model, state, slots)
-            for layer, positions in slots.items():
-                np.testing.assert_array_equal(positions, memory.eidetic_index[:, layer, at // chunk])
         size = chunk if at % chunk == 0 and at // chunk % 2 else 1
         logits, state = model.prefill(tokens[:, at : at + size], state)
+        for layer in eidetic:
+            positions = state.layers[layer].eidetic.positions
+            np.testing.assert_array_equal(positions, memory.eidetic_index[:, layer, at // chunk])
         at += size
-        got[:, at - 1] = logits
         assert_close(logits, ref[:, at - 1], 1e-5, f"{name}, token {at - 1}")
     assert list(state.position) == [STEPS, STEPS]
-    assert bool(slots) == (name == "bmojo")
+    assert bool(eidetic) == (name == "bmojo")
+    assert_states_close(state, ref_state, 1e-5)
 
 
 def test_rows_at_different_positions(exports: dict[str, Path]) -> None:
@@ -146,21 +143,18 @@ def test_a_state_is_a_value(exports: dict[str, Path]) -> None:
     config, model = MODELS["bmojo"], OnnxModel.load(exports["bmojo"], threads=1)
     tokens = random_tokens(config, 1, 40)
     _, fork = model.prefill(tokens[:, :20], model.init_state())
-    kept = [np.array(leaf) for leaf in fork.leaves]
+    kept = [np.array(leaf) for _, leaf in leaves(fork)]
     first, state = model.prefill(tokens[:, 20:], fork)
     del state
-    for leaf, old in zip(fork.leaves, kept, strict=True):
-        np.testing.assert_array_equal(np.array(leaf), old)
+    for (name, leaf), old in zip(leaves(fork), kept, strict=True):
+        np.testing.assert_array_equal(np.array(leaf), old, name)
     second, _ = model.prefill(tokens[:, 20:], fork)
     np.testing.assert_array_equal(first, second)
 
 
-def arrays_of(state: State, config: Config) -> dict[str, int]:
+def arrays_of(state: State) -> dict[str, int]:
     """Where the arrays of the window's rings are."""
-    names = exporter.state_leaves(config)
-    rings = {
-        name: leaf for name, leaf in zip(names, state.leaves, strict=True) if name.endswith(("window.k", "fading.v"))
-    }
+    rings = {name: leaf for name, leaf in leaves(state) if name.endswith(("window.k", "fading.v"))}
     return {name: leaf.settled().value.data_ptr() for name, leaf in rings.items()}
 
 
@@ -171,15 +165,15 @@ def test_rings_stay_where_they_are(exports: dict[str, Path]) -> None:
     assert sorted(model.manifest["graphs"]["decode"]["in_place"]) == sorted(rings)
     assert not model.manifest["graphs"]["prefill"]["in_place"]
     _, state = model.decode_one_token(np.array([1]), model.init_state())
-    first = arrays_of(state, config)
+    first = arrays_of(state)
     assert len(first) == 4
     for token in random_tokens(config, 1, 20)[0]:
         logits, state = model.decode_one_token(token[None], state)
         assert np.isfinite(np.asarray(logits)).all()
-    assert arrays_of(state, config) == first
+    assert arrays_of(state) == first
     held = state
     logits, state = model.decode_one_token(np.array([1]), state)
-    moved = arrays_of(state, config)
+    moved = arrays_of(state)
     assert not set(moved.values()) & set(first.values())
     again, _ = model.decode_one_token(np.array([1]), held)
     np.testing.assert_array_equal(np.asarray(again), np.asarray(logits))
@@ -194,7 +188,7 @@ def test_steps_nobody_looks_at(exports: dict[str, Path]) -> None:
         logits, state = model.decode_one_token(token[None], state)
         if t in (30, 31, 59):
             late[t] = logits
-    assert np.isfinite(np.array(state.leaves[0])).all()
+    assert np.isfinite(np.array(state.layers[0].window.k)).all()
     ref, _ = reference.forward(config, random_weights(config), tokens[:, :60])
     for t, logits in late.items():
         assert_close(np.asarray(logits), ref[:, t], 1e-5, f"token {t}")
@@ -236,7 +230,7 @@ def test_quantised_graphs_agree(bits: str, tmp_path: Path) -> None:
     """Widths that blocks of 32 divide; the embedding becomes int8, the other matrices what was asked for."""
     config = odd("bmojo", d_model=64, d_ff=96, head_dim=32, vocab_size=64, tie_embeddings=True)
     checkpoint.save(tmp_path / "model", config, random_weights(config))
-    out = to_onnx(tmp_path / "model", tmp_path / "out", quantize=bits)
+    out = to_onnx(tmp_path / "model", tmp_path / "out", weights=bits)
     found = self_test(OnnxModel.load(out, threads=1))
     assert found.error < {"int8": 0.1, "int4": 0.5}[bits] and found.agree > 0.7  # random weights are the worst case
     proto = onnx.load(out / "decode.onnx", load_external_data=False)
@@ -264,6 +258,112 @@ def test_self_test_finds_other_weights(exports: dict[str, Path], tmp_path: Path)
     assert self_test(OnnxModel.load(folder)).error > 1e-2
 
 
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+TURNS = ["Hello there.", "The river runs to the sea, the sea runs to the river.", "And then?"]
+
+
+class Counted(OnnxModel):
+    """An export that counts the tokens it is fed."""
+
+    fed = 0
+
+    def prefill(self, tokens: Any, state: State, lengths: Any = None) -> tuple[np.ndarray, State]:
+        self.fed += tokens.shape[1]
+        return super().prefill(tokens, state, lengths)
+
+    def decode_one_token(self, token: Any, state: State, active: Any = None) -> tuple[Any, State]:
+        self.fed += 1
+        return super().decode_one_token(token, state, active)
+
+
+def said(session: Session, text: str, **options: Any) -> tuple[str, list[int]]:
+    """The answer, and all its ids."""
+    return "".join(session.say(text, **options)), session.turns[-1].answer_ids
+
+
+def test_a_conversation_is_that_of_the_model(exports: dict[str, Path]) -> None:
+    """Greedy, sampled and cut answers, over chunks and the window; every token is fed once, in whatever turn."""
+    export = exports["bmojo"]
+    lm, counted = be.load(export.with_name("bmojo")), Counted.load(export, threads=1)
+    ours, theirs, whole = Session(lm, "Be brief."), Session(counted, "Be brief."), ""
+    greedy, drawn = {"max_tokens": 20}, {"max_tokens": 20, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+    for text, options in zip(TURNS, (greedy, drawn, greedy), strict=True):
+        position = theirs.position
+        answer = said(theirs, text, **options)
+        assert answer == said(ours, text, **options) and len(answer[1]) > 2
+        whole = answer[0]
+        assert theirs.position == ours.position > position + 20
+        assert counted.fed == int(theirs.moment.state.position[0]) >= theirs.position - 1
+    assert counted.fed > 2 * lm.config.window
+    assert theirs.rolling_hash == ours.rolling_hash and theirs.nbytes == ours.nbytes
+    assert_states_close(theirs.moment.state, ours.moment.state, 1e-4)  # both in float32
+    stop = whole[3:6]
+    assert said(theirs.rewind(1), TURNS[2], **greedy, stop=stop) == said(ours.rewind(1), TURNS[2], **greedy, stop=stop)
+    assert theirs.turns[-1].answer == whole[: whole.index(stop)]
+
+
+def test_a_saved_conversation_goes_on_in_any(exports: dict[str, Path], tmp_path: Path) -> None:
+    """The state is the runtime's own, so a float32 export and both twins read one another's files."""
+    export = exports["bmojo"]
+    source = export.with_name("bmojo")
+    models = {"mlx": be.load(source), "torch": load_torch(source), "onnx": OnnxModel.load(export, threads=1)}
+    answers = dict[str, list[Any]]()
+    for name, lm in models.items():
+        session, answers[name] = Session(lm), []
+        for text in TURNS[:2]:
+            answers[name].append(said(session, text, max_tokens=20))
+        session.save(tmp_path / name)
+        for other in models.values():
+            answers[name].append(said(Session.open(tmp_path / name, other), TURNS[2], max_tokens=20))
+    assert answers["mlx"] == answers["torch"] == answers["onnx"] and len(set(map(str, answers["mlx"][2:]))) == 1
+    folder = tmp_path / "int8"
+    shutil.copytree(export, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "weights": f"{manifest['weights']}-int8"}))
+    with pytest.raises(SessionError, match="was made with a model of other weights"):
+        Session.open(tmp_path / "onnx", OnnxModel.load(folder))
+
+
+CHAT = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+from bmojo_edge.cli import main
+main()
+"""
+
+
+def test_chat_command(exports: dict[str, Path], tmp_path: Path) -> None:
+    """What `chat` says of the export is what it says of the model, without PyTorch or MLX; its file goes on."""
+
+    def chat(folder: Path, lines: list[str], file: str, *absent: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", CHAT.format(absent=absent), "chat", str(folder), "--temp", "0"]
+        command += ["--max-tokens", "12", "--session", str(tmp_path / file)]
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        lines = [f"{line}\n" for line in lines]
+        return subprocess.run(command, input="".join(lines), capture_output=True, text=True, env=os.environ | paths)
+
+    export = exports["bmojo"]
+    lines = [TURNS[0], TURNS[1], "/regenerate", "/memory"]
+    want = chat(export.with_name("bmojo"), lines, "ours")
+    got = chat(export, lines, "theirs", "mlx", "torch")
+    assert got.returncode == want.returncode == 0, got.stderr + want.stderr
+    assert got.stdout == want.stdout and got.stdout.count("\n") >= 3
+    assert "an export does not tell where it goes" in got.stderr and "eidetic" in got.stderr
+    again, other = (
+        chat(export, [TURNS[2]], "theirs", "mlx", "torch"),
+        chat(export.with_name("bmojo"), [TURNS[2]], "ours"),
+    )
+    assert "resumed at position" in again.stderr and again.stdout == other.stdout != ""
+
+
+def test_storage_is_for_models(exports: dict[str, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run = CliRunner().invoke(app, ["chat", str(exports["bmojo"]), "--memory", str(store), "--prompt", "Hello"])
+    assert run.exit_code == 2 and "an export has no storage" in run.stderr and not store.exists()
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +381,7 @@ def test_a_full_disk_leaves_nothing(exports: dict[str, Path], tmp_path: Path, mo
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
 
-    monkeypatch.setattr(exporter.Weights, "_place", full)
+    monkeypatch.setattr(exporter.WeightsFile, "_place", full)
     with pytest.raises(OSError, match="No space left"):
         to_onnx(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -324,8 +424,8 @@ def test_targets_that_are_not_replaced(exports: dict[str, Path], tmp_path: Path)
     with pytest.raises(ExportError, match=r"is no bmojo-edge onnx export"):
         to_onnx(source, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
-    with pytest.raises(ExportError, match="quantize: must be one of int8, int4"):
-        to_onnx(source, tmp_path / "out", quantize="int2")
+    with pytest.raises(ExportError, match="weights: must be one of float32, int8, int4"):
+        to_onnx(source, tmp_path / "out", weights="int2")
 
 
 def test_damaged_exports_are_named(exports: dict[str, Path], tmp_path: Path) -> None:
@@ -364,11 +464,6 @@ def test_command(exports: dict[str, Path], tmp_path: Path) -> None:
     assert 0 < found["seconds"] < 600 and found["peak_memory"] > 100e6
     again = CliRunner().invoke(app, ["export", "onnx", str(source), "--out", str(tmp_path / "out")])
     assert again.exit_code == 1 and "exists; choose another name" in again.stderr
-
-
-def test_chat_says_what_to_use(exports: dict[str, Path]) -> None:
-    run = CliRunner().invoke(app, ["chat", str(exports["mamba"]), "--prompt", "Hello"])
-    assert run.exit_code == 2 and "an ONNX export answers one prompt" in run.stderr
 
 
 def test_rms_ratio_of_the_harness() -> None:

@@ -19,7 +19,17 @@ from bmojo_edge.config import Config
 from bmojo_edge.evaluation import EvaluationError
 from bmojo_edge.generate import generate
 from bmojo_edge.parameters import parameter_shapes
-from bmojo_edge.scoring import Asked, Request, Scorer, beginning, continuations, loglikelihoods, request
+from bmojo_edge.scoring import (
+    Asked,
+    Request,
+    Scorer,
+    beginning,
+    continuations,
+    divergences,
+    loglikelihoods,
+    predictions,
+    request,
+)
 from bmojo_edge.tensors import as_numpy
 from bmojo_edge.tokenizer import Tokenizer
 
@@ -317,3 +327,21 @@ def test_misuse_is_told_before_a_model_is_loaded(
 
 def test_a_missing_model_is_named(sets: Path, tmp_path: Path) -> None:
     assert "none" in run(tmp_path / "none", "--tasks", "quiz", "--data", sets, code=1).stderr
+
+
+def test_predictions_and_how_far_they_are_apart(lm: Any) -> None:
+    """The calls' sizes change nothing; a model is no distance from itself, and some from one that is half as sure."""
+    ids, sizes = np.arange(3, 33, dtype=np.int32), [1, 7, 1, 20, 1]
+    ours, ends = predictions(lm, ids, sizes), np.cumsum(sizes) - 1
+    np.testing.assert_allclose(np.exp(ours).sum(-1), 1, rtol=1e-12)
+    for row, end in zip(ours, ends, strict=True):
+        for token in (int(row.argmax()), 5):
+            assert row[token] == pytest.approx(naive(lm, tuple(ids[: end + 1].tolist()), (token,))[0], abs=1e-4)
+    half = ours / 2
+    half -= np.log(np.exp(half).sum(-1, keepdims=True))
+    kl = divergences(ours, half)
+    np.testing.assert_array_equal(divergences(ours, ours), 0)
+    p = np.exp(ours)
+    want = -(p * half).sum(-1) - (-(p * ours).sum(-1))  # cross entropy less entropy
+    np.testing.assert_allclose(kl, want, rtol=1e-9)
+    assert (kl > 0).all()

@@ -179,6 +179,7 @@ def draw_memory(found: Found, out: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     cells = best_rates(usual_slots(plain(found["rows"])))
     panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[2], key[3]))
@@ -194,7 +195,7 @@ def draw_memory(found: Found, out: Path) -> None:
                     points[x] = max(y, points.get(x, 0.0))
             axis.plot(*zip(*sorted(points.items()), strict=True) if points else ((), ()), marker="o", label=model)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+        axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set(xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.02))

@@ -192,7 +192,9 @@ class Run:
                     self.graph = self._captured()
                 self.graph.replay()
         if self.stream is not None:
-            self.waiting.append(self.stream.record_event())
+            event = torch.cuda.Event()
+            event.record(self.stream)
+            self.waiting.append(event)
         self.left -= 1
         self.outcome.steps += 1
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,15 +95,25 @@ def task_path(folder: Path, task: str) -> Path:
 
 
 def evaluate(
-    lm: Scorer, path: Path, limit: int | None = None, batch: int = 8, progress: Progress = lambda done, total: None
+    lm: Scorer,
+    path: Path,
+    limit: int | None = None,
+    batch: int = 8,
+    progress: Progress = lambda done, total: None,
+    draw: Random | None = None,
 ) -> Result:
-    """What a model scores on the first `limit` lines of a set. Raises EvaluationError naming the file and the line."""
+    """What a model scores on the examples that `read` finds, or on the first `limit` lines of a text.
+
+    Raises EvaluationError naming the file and the line.
+    """
     if lm.tokenizer is None:
         raise EvaluationError("this model folder has no tokenizer; put tokenizer.json or tokenizer.model into it")
     if _name_and_form(path)[1] in TEXTS:
+        if draw is not None:
+            raise EvaluationError(f"{path}: is one text, of which lines cannot be drawn at random")
         text = "".join(islice(_lines(path), limit))
         return perplexity(lm, text, path.name, progress)
-    examples = read(path, limit)
+    examples = read(path, limit, draw)
     return result_of(examples, scores_of(lm, examples, batch, progress))
 
 
@@ -122,11 +133,12 @@ def result_of(examples: Sequence[Example], scores: Sequence[Sequence[Score]]) ->
     return _last_words(words) if words else _accuracies([(e, s) for e, s in scored if isinstance(e, Choices)])
 
 
-def read(path: Path, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a file of lines, all of one form."""
-    examples = [
-        _example(line, f"{path}, line {n}") for n, line in enumerate(islice(_lines(path), limit), 1) if line.strip()
-    ]
+def read(path: Path, limit: int | None = None, draw: Random | None = None) -> list[Example]:
+    """Examples of a file of lines, all of one form: the first `limit`, or so many different ones at random."""
+    lines = [(n, line) for n, line in enumerate(islice(_lines(path), None if draw else limit), 1) if line.strip()]
+    if draw is not None:
+        lines = draw.sample(lines, len(lines) if limit is None else min(limit, len(lines)))
+    examples = [_example(line, f"{path}, line {n}") for n, line in lines]
     if not examples:
         raise EvaluationError(f"{path}: holds no examples")
     if len({type(example) for example in examples}) > 1:

@@ -6,7 +6,7 @@ answer's tokens, from the moment before its question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,7 +27,7 @@ UNTOLD = "an export does not tell where it goes"
 class Watched(Protocol):
     """A language model that tells how its attention divides, as both twins do."""
 
-    def decode_with_attention(self, token: Any, state: Any) -> tuple[Any, Any, list[dict[str, Any]]]: ...
+    def prefill_with_attention(self, tokens: Any, state: Any) -> tuple[Any, Any, list[dict[str, Any]]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,42 +81,49 @@ def inspecting(session: Session) -> Steps[Inspection]:
     """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
     if not isinstance(lm, Watched):
-        return _inspection(lm, now, [], UNTOLD)
+        return _inspection(lm, now, [], 0, UNTOLD)
     try:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
-        return _inspection(lm, now, [], str(error))
+        return _inspection(lm, now, [], 0, str(error))
     for i in range(0, len(ids) - 1, BLOCK):
         logits, state = lm.prefill(np.array([ids[i : min(i + BLOCK, len(ids) - 1)]], np.int32), state)
         evaluate(logits, state)
         yield
-    return _inspection(lm, now, (yield from _attention(lm, state, [ids[-1], *answer[:-1]])))
+    choosing = [ids[-1], *answer[:-1]]
+    _, attention = yield from _attention(lm, state, choosing)
+    return _inspection(lm, now, attention, len(choosing))
 
 
 def inspect_text(lm: LM, ids: Sequence[int]) -> Inspection:
     """What a model remembers after reading token ids, and how the attention of the last of them divides."""
     if not ids:
         raise ValueError("ids: there must be at least one token to read")
-    before = lm.init_state()
-    start = first_moment(before, None)
+    state = lm.init_state()
+    start = first_moment(state, None)
     if len(ids) > 1:
-        logits, before = lm.prefill(np.array([ids[:-1]], np.int32), before)
-        evaluate(logits, before)
-    logits, state = lm.decode_one_token(np.array(ids[-1:], np.int32), before)
-    evaluate(logits, state)
-    attention = finished(_attention(lm, before, ids[-1:])) if isinstance(lm, Watched) else []
-    return _inspection(lm, start.after(ids, state, (), lm.config), attention, "" if attention else UNTOLD)
-
-
-def _attention(lm: Watched, state: Any, tokens: Iterable[int]) -> Steps[list[list[Shares]]]:
-    """Shares of each token, layer by layer, means of the heads."""
-    found = []
-    for token in tokens:
-        logits, state, shares = lm.decode_with_attention(np.array([token], np.int32), state)
+        logits, state = lm.prefill(np.array([ids[:-1]], np.int32), state)
         evaluate(logits, state)
-        found.append([{name: float(as_numpy(share).mean()) for name, share in layer.items()} for layer in shares])
+    if isinstance(lm, Watched):
+        state, attention = finished(_attention(lm, state, ids[-1:]))
+        return _inspection(lm, start.after(ids, state, (), lm.config), attention, 1)
+    logits, state = lm.decode_one_token(np.array(ids[-1:], np.int32), state)
+    evaluate(logits, state)
+    return _inspection(lm, start.after(ids, state, (), lm.config), [], 0, UNTOLD)
+
+
+def _attention(lm: Any, state: Any, tokens: Sequence[int]) -> Steps[tuple[Any, list[Shares]]]:
+    """The state after the tokens, and each layer's shares, means of heads and tokens."""
+    watched: Watched = lm
+    sums: list[Shares] = [{} for _ in lm.config.layer_types]
+    for i in range(0, len(tokens), BLOCK):
+        logits, state, shares = watched.prefill_with_attention(np.array([tokens[i : i + BLOCK]], np.int32), state)
+        evaluate(logits, state)
+        for total, layer in zip(sums, shares, strict=True):
+            for name, share in layer.items():
+                total[name] = total.get(name, 0.0) + float(as_numpy(share).mean(1).sum())
         yield
-    return found
+    return state, [{name: total / len(tokens) for name, total in layer.items()} for layer in sums]
 
 
 def _mean(shares: Sequence[Shares]) -> Shares:
@@ -124,7 +131,7 @@ def _mean(shares: Sequence[Shares]) -> Shares:
     return {name: sum(layer.get(name, 0.0) for layer in told) / len(told) for name in MEMORIES} if told else {}
 
 
-def _inspection(lm: LM, now: Moment, attention: list[list[Shares]], unknown: str = "") -> Inspection:
+def _inspection(lm: LM, now: Moment, attention: Sequence[Shares], queries: int, unknown: str = "") -> Inspection:
     end, texts = now.position, _texts(lm, now)
 
     def kept(position: int, innovation: float | None) -> Kept:
@@ -139,9 +146,9 @@ def _inspection(lm: LM, now: Moment, attention: list[list[Shares]], unknown: str
         if isinstance(state, BMojoState) and state.eidetic:
             slots = zip(as_numpy(state.eidetic.positions)[0], as_numpy(state.eidetic.scores)[0], strict=True)
             eidetic = tuple(kept(int(p), float(score)) for p, score in slots if p >= 0)
-        layers.append(Layer(kind, sinks, eidetic, _mean([token[i] for token in attention])))
-    overall = _mean([layer.attention for layer in layers])
-    return Inspection(end, tuple(layers), overall, len(attention) if overall else 0, unknown)
+        layers.append(Layer(kind, sinks, eidetic, _mean(attention[i : i + 1])))
+    overall = _mean(attention)
+    return Inspection(end, tuple(layers), overall, queries if overall else 0, unknown)
 
 
 def _texts(lm: LM, now: Moment) -> dict[int, str]:

@@ -163,12 +163,20 @@ class WithStorage:
         logits, inner = self.lm.decode_one_token(token, state.inner)
         return logits, self._moved(state, inner, ids)
 
-    def decode_with_attention(self, token: Any, state: RecallState) -> tuple[Any, RecallState, list[dict[str, Any]]]:
-        """`decode_one_token`, and how each layer's attention divided among its memories, "storage" among them."""
-        state = self._turned(state) if state.left[0] == 0 else state
+    def prefill_with_attention(
+        self, tokens: Any, state: RecallState
+    ) -> tuple[Any, RecallState, list[dict[str, np.ndarray]]]:
+        """`prefill`, and how each layer's attention divided among its memories, "storage" among them."""
         watched: Any = self.lm
-        logits, inner, shares = watched.decode_with_attention(token, state.inner)
-        return logits, self._moved(state, inner, as_numpy(token).reshape(-1, 1)), shares
+        told: list[list[dict[str, Any]]] = []
+
+        def move(ids: Any, inner: State) -> tuple[Any, State]:
+            logits, inner, shares = watched.prefill_with_attention(ids, inner)
+            told.append(shares)
+            return logits, inner
+
+        parts, state = self._advance(tokens, state, move)
+        return parts[-1], state, [_joined_shares(layer) for layer in zip(*told, strict=True)]
 
     def prefill_prompt(self, tokens: Any, state: RecallState) -> tuple[Any, RecallState]:
         """`prefill` of a prompt that is to be answered: its end is read with what it asks for."""
@@ -339,6 +347,11 @@ def _check_fits(store: Store, config: Config) -> None:
     able = {i for i, kind in enumerate(config.layer_types) if kind == "bmojo"}
     if not able.issuperset((*shape.layers, shape.router)) or shape[3:] != want[3:]:
         raise StoreError(f"{store.folder}: keeps {shape}, which this model has not; make a new store")
+
+
+def _joined_shares(parts: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The shares (b, h, t) of one layer from those of the parts of a call."""
+    return {name: np.concatenate([as_numpy(part[name]) for part in parts], axis=-1) for name in parts[0]}
 
 
 def _dtype(config: Config) -> np.dtype[Any]:

@@ -34,7 +34,7 @@ __all__ = ["Answering", "Point", "Session", "SessionError", "Turn"]
 FRAME = 8  # turns that are rendered to find what is new, and more only where the template rewrites an older one
 KEPT_TURNS = 64  # turns whose text is kept, and more only while their states are or the template needs them
 SAVED_TURNS, SAVED_BYTES = 8, 2**27  # snapshots in a file, the last one always
-BLOCK = 512  # tokens that `retell` reads at a time
+BLOCK = 128  # tokens that are read at a time where something else may be done in between
 
 
 class Session:

@@ -1,6 +1,6 @@
 """What the server gives: tokens a second by how many ask at a time, and the time to a conversation's next first token.
 
-    python apps/bench/serve.py                       # the default model, about 15 minutes on 2 cores
+    python apps/bench/serve.py                       # the default model, less than 10 minutes on 2 quiet cores
     python apps/bench/serve.py --model DIR
 
 Throughput: so many clients stream answers to short prompts one after another; the numbers of clients take turns, and
@@ -174,9 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder; left out: the default model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each number of clients")
-    parser.add_argument("--forks", type=int, default=12, help="conversations whose first token is timed")
+    parser.add_argument("--forks", type=int, default=8, help="conversations whose first token is timed")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     args = parser.parse_args()
     if args.model is None:

@@ -21,6 +21,7 @@ from apps.repro.sweep import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 ORDER = ("transformer", "bmojo", "bmojo-f", "hybrid", "mamba", "window")
+SLOTS = (16, 32, 64, 96, 128, 192)
 KINDS = ("keys", "values", "queries", "blanks")
 Found = dict[str, Any]
 
@@ -30,8 +31,8 @@ def _read(task: str) -> Found:
 
 
 def name_of(row: Row) -> str:
-    """A model as tables and legends name it: an enlarged state or another number of slots is told."""
-    more = []
+    """A model as tables and legends name it: positions, an enlarged state or another number of slots are told."""
+    more = ["rotary"] if row["rotary"] else []
     if row["d_state"] != STATE:
         more.append(f"state {row['d_state']}" + (f", {row['expand']}x wide" if row["expand"] != 2 else ""))
     if row["model"] == "bmojo" and row["n_eidetic"] != EIDETIC:
@@ -40,8 +41,13 @@ def name_of(row: Row) -> str:
 
 
 def plain(rows: Iterable[Row]) -> list[Row]:
-    """Rows of the comparison itself, without changed options."""
-    return [row for row in rows if not row["options"] and row["ssm_lr"] == 1.0]
+    """Rows of the comparison itself, without changed options, on fresh examples."""
+    return [row for row in rows if row["fresh"] and not row["options"] and row["ssm_lr"] == 1.0]
+
+
+def usual_slots(rows: Iterable[Row]) -> list[Row]:
+    """Rows of models that have the usual number of slots, or none."""
+    return [row for row in rows if row["n_eidetic"] in (0, EIDETIC)]
 
 
 def best_rates(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -64,10 +70,10 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
 
 def comparison(found: Found) -> str:
     """Every cell of the comparison: memory, accuracy of each seed, accuracy far away."""
-    cells = best_rates(plain(found["rows"]))
+    cells = best_rates(usual_slots(plain(found["rows"])))
 
     def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*key[:2], -key[2], key[3], ORDER.index(key[4].split()[0]), key[4])
+        return (*key[:2], key[2], key[3], ORDER.index(key[4].split()[0]), key[4])
 
     body = []
     for key in sorted(cells, key=rank):
@@ -89,9 +95,34 @@ def comparison(found: Found) -> str:
     return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
 
 
+def slots(found: Found) -> str:
+    """Accuracy of seed 0 against the number of eidetic slots, each with the one learning rate that was run."""
+    rows = [row for row in plain(found["rows"]) if row["model"] == "bmojo" and row["pairs"] == 64 and row["seed"] == 0]
+    rates = {row["rotary"]: row["lr"] for row in rows if row["n_eidetic"] != EIDETIC}
+    rows = [row for row in rows if row["lr"] == rates.get(row["rotary"])]
+    body = []
+    for rotary in sorted(rates):
+        of = {row["n_eidetic"]: f"{100 * row['accuracy']:.1f}" for row in rows if row["rotary"] == rotary}
+        name = f"{'rotary' if rotary else 'no'} positions, learning rate {rates[rotary]:.0e}"
+        body.append([name, *(of.get(n, "") for n in SLOTS)])
+    return _rows(["slots", *map(str, SLOTS)], body)
+
+
+def repeated(found: Found) -> str:
+    """What was run on the same examples in every epoch: the best learning rate of each."""
+    rows = [row for row in found["rows"] if not row["fresh"]]
+    body = []
+    for batch in sorted({row["batch"] for row in rows}, reverse=True):
+        for key, best in best_rates(row for row in rows if row["batch"] == batch).items():
+            name = [f"{key[2]} pairs", key[4], str(batch), f"{best[0]['lr']:.0e}"]
+            body.append([*name, f"{100 * best[0]['accuracy']:.1f}", f"{100 * best[0]['far_accuracy']:.1f}"])
+    header = ["task", "model", "batch", "learning rate", "accuracy %", "at 1,024 %"]
+    return _rows(header, sorted(body, key=lambda row: (row[0], -int(row[2]))))
+
+
 def choices(found: Found) -> str:
     """Accuracy when one choice of B'MOJO is changed."""
-    changed = [row for row in found["rows"] if row["options"] or row["ssm_lr"] != 1.0]
+    changed = [row for row in found["rows"] if row["fresh"] and (row["options"] or row["ssm_lr"] != 1.0)]
     body = []
     for row in sorted(changed, key=lambda row: -row["accuracy"]):
         what = [f"{name} {json.dumps(value)}" for name, value in row["options"].items()]
@@ -101,14 +132,15 @@ def choices(found: Found) -> str:
 
 
 def kept(found: Found) -> str:
-    """What the eidetic memory of each layer holds after a row, for every trained B'MOJO of the comparison."""
+    """What the eidetic memory of each layer holds after a row, for seed 0 of every B'MOJO in the comparison."""
     body = []
-    for row in plain(found["rows"]):
+    best = best_rates(usual_slots(plain(found["rows"])))
+    for row in sorted((rows[0] for rows in best.values()), key=lambda row: (row["pairs"], row["rotary"])):
         for layer, share in enumerate(row.get("kept", {}).get("share", [])):
-            what = f"{row['pairs']} pairs, width {row['d_model']}, {row['n_eidetic']} slots, {row['lr']:.0e}"
+            what = f"{row['pairs']} pairs, {name_of(row)}, {row['lr']:.0e}"
             cells = [f"{100 * share[name]:.0f}" if name in share else "" for name in KINDS]
-            body.append([what, f"{row['seed']}", f"{100 * row['accuracy']:.1f}", str(layer), *cells])
-    header = ["model, learning rate", "seed", "accuracy %", "layer", *(f"{name} kept %" for name in KINDS)]
+            body.append([what, f"{100 * row['accuracy']:.1f}", str(layer), *cells])
+    header = ["model, learning rate", "accuracy %", "layer", *(f"{name} kept %" for name in KINDS)]
     return _rows(header, body)
 
 
@@ -125,7 +157,8 @@ def draw_kept(found: Found, out: Path) -> None:
     figure, axes = plt.subplots(len(layers), 1, figsize=(9, 3.2), sharex=True, squeeze=False, layout="constrained")
     for layer, (axis, examples) in enumerate(zip(axes[:, 0], layers, strict=True)):
         start = 2 * best["pairs"]
-        for y, positions in enumerate(examples):
+        for y, shown in enumerate(examples):
+            positions = [int(p) for p in shown.split()]
             for parity, colour, name in ((0, "tab:blue", "keys"), (1, "tab:orange", "values")):
                 x = [p for p in positions if p < start and p % 2 == parity]
                 axis.scatter(x, [y] * len(x), marker="|", s=90, color=colour, label=name if y == 0 else None)
@@ -146,22 +179,53 @@ def draw_memory(found: Found, out: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
-    cells = best_rates(plain(found["rows"]))
+    cells = best_rates(usual_slots(plain(found["rows"])))
     panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[2], key[3]))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         for model in ORDER:
-            rows = [rows for key, rows in cells.items() if key[:4] == panel and rows[0]["model"] == model]
-            rows.sort(key=lambda rows: rows[0]["memory_bytes"])
-            x = [rows[0]["memory_bytes"] / 1024 for rows in rows]
-            axis.plot(x, [mean(row["accuracy"] for row in rows) for rows in rows], marker="o", label=model)
-        axis.set(xscale="log", xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
+            points: dict[float, float] = {}  # the better of with and without positions
+            for key, rows in cells.items():
+                if key[:4] == panel and rows[0]["model"] == model:
+                    x, y = rows[0]["memory_bytes"] / 1024, mean(row["accuracy"] for row in rows)
+                    points[x] = max(y, points.get(x, 0.0))
+            axis.plot(*zip(*sorted(points.items()), strict=True) if points else ((), ()), marker="o", label=model)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set(xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
     axes[0][0].legend(fontsize=8)
+    figure.savefig(out, dpi=140)
+    plt.close(figure)
+
+
+def draw_distance(found: Found, out: Path) -> None:
+    """Accuracy against the distance of a key from the question, the best run of each model at 16 and 32 pairs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in plain(found["rows"]) if row.get("by_distance")]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for axis, pairs in zip(axes, (16, 32), strict=True):
+        for model in ORDER:
+            of = [row for row in rows if row["model"] == model and row["pairs"] == pairs and row["d_model"] == 64]
+            if of:
+                best = max(of, key=lambda row: row["accuracy"])
+                x = [distance for distance, _, _ in best["by_distance"]]
+                axis.plot(
+                    x, [right / asked for _, asked, right in best["by_distance"]], marker=".", label=name_of(best)
+                )
+        axis.axvline(32, color="0.8", linewidth=1)
+        axis.set(title=f"{pairs} pairs", xlabel="tokens between key and question")
+        axis.legend(fontsize=7)
+    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
     figure.savefig(out, dpi=140)
     plt.close(figure)
 
@@ -173,6 +237,8 @@ def tables() -> dict[str, Callable[[], str]]:
     if "mqar" in found:
         made["choices"] = lambda: choices(found["mqar"])
         made["kept"] = lambda: kept(found["mqar"])
+        made["slots"] = lambda: slots(found["mqar"])
+        made["repeated"] = lambda: repeated(found["mqar"])
     return made
 
 
@@ -192,6 +258,7 @@ def main() -> None:
         pictures.mkdir(exist_ok=True)
         draw_memory(_read("mqar"), pictures / "recall.png")
         draw_kept(_read("mqar"), pictures / "kept.png")
+        draw_distance(_read("mqar"), pictures / "distance.png")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def what_is_kept(model: Model, tokens: np.ndarray, targets: np.ndarray, pairs: i
     """What the memory of each layer holds when a row has been read.
 
     tokens, targets (n, t). Returned are `share`, a table a layer: of all keys at the start, of all values, of all
-    queries and of all blanks, how many are kept; and `positions`, those kept of the first rows, (layers, rows, slots).
+    queries and of all blanks, how many are kept; and `positions`, those kept of the first rows, as text.
     """
     kinds = _kinds(tokens, targets, pairs)
     held = np.zeros((len(model.blocks()), *tokens.shape), bool)
@@ -40,7 +40,7 @@ def what_is_kept(model: Model, tokens: np.ndarray, targets: np.ndarray, pairs: i
             row, slot = np.nonzero(positions >= 0)
             held[layer, first + row, positions[row, slot]] = True
     share = [{name: float(layer[of].mean()) for name, of in kinds.items() if of.any()} for layer in held]
-    positions = [[np.flatnonzero(row).tolist() for row in layer[:SHOWN]] for layer in held]
+    positions = [[" ".join(map(str, np.flatnonzero(row))) for row in layer[:SHOWN]] for layer in held]
     return {"share": share, "positions": positions}
 
 

@@ -192,7 +192,9 @@ class Run:
                     self.graph = self._captured()
                 self.graph.replay()
         if self.stream is not None:
-            self.waiting.append(self.stream.record_event())
+            event = torch.cuda.Event()
+            event.record(self.stream)
+            self.waiting.append(event)
         self.left -= 1
         self.outcome.steps += 1
 
@@ -205,7 +207,10 @@ class Run:
                 hidden = self.model.activations(tokens.long())
                 hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
                 found.append(self.model.head(hidden).argmax(-1).to(asked.targets.dtype))
-            return torch.cat(found)
+            said = torch.cat(found)
+        if self.stream is not None:
+            self.stream.synchronize()  # who reads it may do so on another stream
+        return said
 
     def score(self, asked: Questions) -> float:
         """Share of the questions answered right."""

@@ -7,6 +7,7 @@ import math
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,10 @@ def evaluate(
         typer.Option(metavar="DIR", help="A folder of sets in files; left out: lm-evaluation-harness and its tasks."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N examples of each.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="With --data and --limit: N random examples, drawn task after task."),
+    ] = None,
     engine: Annotated[
         EngineName | None, typer.Option("--engine", help="Left out: MLX, or PyTorch where MLX is missing.")
     ] = None,
@@ -54,7 +59,7 @@ def evaluate(
 
     [bold]Examples[/]
 
-    bmojo-edge eval DIR --tasks lambada,hellaswag,piqa,arc_easy --data evals --limit 150
+    bmojo-edge eval DIR --tasks lambada,hellaswag,piqa,arc_easy --data evals --limit 150 --seed 0
 
     bmojo-edge eval DIR --tasks arc_easy,gsm8k --engine torch --device cuda --batch 32 --json
     """
@@ -63,22 +68,39 @@ def evaluate(
         raise typer.BadParameter("--tasks: give one name or more, with commas between")
     if data is not None and include is not None:
         raise typer.BadParameter("--include is the harness's, it says nothing to --data")
+    if seed is not None and (data is None or limit is None):
+        raise typer.BadParameter("--seed draws --limit N examples from the sets of --data; give both")
     engine = engine or (EngineName.mlx if find_spec("mlx") is not None else EngineName.torch)
     if engine is EngineName.mlx and device != "cpu":
         raise typer.BadParameter("--device is PyTorch's; MLX takes the GPU of a Mac by itself")
+    if engine is EngineName.torch:
+        from bmojo_edge.torch.load import check_device
+
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise typer.BadParameter(f"--{error}") from None
     if data is None:
         results = _harness(names, model, engine, device, limit, batch, include)
     else:
-        results = _files(names, data, model, engine, device, limit, batch)
+        draw = None if seed is None else Random(seed)
+        results = _files(names, data, model, engine, device, limit, batch, draw)
     if json:
-        found = {"model": model, "engine": engine.value, "limit": limit, "tasks": _as_json(results)}
+        found = {"model": model, "engine": engine.value, "limit": limit, "seed": seed, "tasks": _as_json(results)}
         print(json_format.dumps(found, indent=2, ensure_ascii=False))
     else:
         _print(results)
 
 
 def _files(
-    names: list[str], folder: Path, model: str, engine: EngineName, device: str, limit: int | None, batch: int
+    names: list[str],
+    folder: Path,
+    model: str,
+    engine: EngineName,
+    device: str,
+    limit: int | None,
+    batch: int,
+    draw: Random | None,
 ) -> dict[str, Result]:
     from bmojo_edge import evaluation
 
@@ -88,7 +110,7 @@ def _files(
     with progress_bar() as report:
         for name, path in paths.items():
             results[name] = evaluation.evaluate(
-                lm, path, limit, batch, lambda done, total, name=name: report(name, done, total)
+                lm, path, limit, batch, lambda done, total, name=name: report(name, done, total), draw
             )
     return results
 

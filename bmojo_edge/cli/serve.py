@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -27,6 +29,10 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name in requests; left out: its folder's.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="BMOJO_EDGE_API_KEY", help="Refuse requests without this key.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin use the server, as https://x.org; * is any."),
     ] = None,
     state_mib: Annotated[
         int, typer.Option(min=1, help="Memory for states, in MiB; decides --max-sessions.", rich_help_panel=_LIMITS)
@@ -76,12 +82,16 @@ def serve(
         raise typer.BadParameter("--api-key: is empty; leave it out to serve without a key")
     if sessions_dir is not None and not save:
         raise typer.BadParameter("--sessions-dir is for sessions that are saved; leave out --no-save")
-    import uvicorn
-
+    for origin in allow_origin or ():
+        if origin != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin) is None:
+            raise typer.BadParameter(
+                f"--allow-origin: must be as https://x.org or http://localhost:3000, got {origin!r}"
+            )
     from bmojo_convert.default import home
     from bmojo_edge.onnx_runner import MANIFEST
     from bmojo_edge.server import static
     from bmojo_edge.server.app import Limits, build
+    from bmojo_edge.server.run import Server
 
     if model is not None and (Path(model) / MANIFEST).is_file():
         raise typer.BadParameter("MODEL: an export runs one sequence at a time; serve the folder it was made from")
@@ -105,15 +115,19 @@ def serve(
     )
     loopback = host in _LOOPBACK
     sessions = sessions_dir or home() / "sessions" / quote(name, safe="")
-    app = build(
-        lm,
-        name,
-        limits,
-        api_key,
-        sessions=sessions if save else None,
-        pages=static.FOLDER if page else None,
-        hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
-    )
+    try:
+        app = build(
+            lm,
+            name,
+            limits,
+            api_key,
+            sessions=sessions if save else None,
+            pages=static.FOLDER if page else None,
+            hosts=frozenset({"127.0.0.1", "[::1]", "localhost"}) if loopback else None,
+            origins=frozenset(allow_origin or ()),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"MODEL: {error}") from None
     console.print(
         f"{escape(name)}: {slots:,} states of {slot / 2**20:.1f} MiB each in memory, up to {min(max_running, slots)} "
         f"answers at a time; sessions are {f'saved in {escape(str(sessions))}' if save else 'not saved'}",
@@ -121,4 +135,8 @@ def serve(
     )
     if not loopback and api_key is None:
         console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=10, server_header=False)
+    server = Server(app, host=host, port=port)
+    with suppress(SystemExit, KeyboardInterrupt):  # when it cannot listen, and after Ctrl-C has ended it
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)  # it has said why

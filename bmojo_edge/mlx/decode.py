@@ -38,10 +38,8 @@ class Decoder:
         self._eidetic = tuple(i for i, kind in enumerate(config.layer_types) if kind == "bmojo" and config.n_eidetic)
         self._steps: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(
-        self, token: mx.array, state: State, active: Any, watch: list[dict[str, mx.array]] | None = None
-    ) -> tuple[mx.array, State]:
-        """Logits (b, v) after token (b,), and the state, see `Model.decode_one_token`; watch: as in `Step`."""
+    def __call__(self, token: mx.array, state: State, active: Any) -> tuple[mx.array, State]:
+        """Logits (b, v) after token (b,), and the state, see `Model.decode_one_token`."""
         config, b = self.model.config, token.size
         try:
             positions = np.array(state.position)
@@ -61,7 +59,7 @@ class Decoder:
         rows = None if moves.all() else mx.array(np.where(moves, np.arange(b), np.flatnonzero(moves)[0]))
         opening = bool((positions[moves] < config.n_sinks).any())
         live = live_slots(config, int(positions.max()) + 1)
-        logits, moved = self._step(token, tuple(layers), state.position, state.offset, rows, live, opening, watch)
+        logits, moved = self._step(token, tuple(layers), state.position, state.offset, rows, live, opening)
         return logits, State(moved, mx.array(positions + moves), state.offset)
 
     def _compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,13 +107,9 @@ class Decoder:
         rows: mx.array | None,
         live: int,
         opening: bool,
-        watch: list[dict[str, mx.array]] | None,
     ) -> tuple[mx.array, tuple[Any, ...]]:
         """The step of rows with at most `live` written slots."""
         model = self.model
-        if watch is not None:  # now and then, for a person to look at: compiling would cost more than it saves
-            watched = Step(model.config, position, offset, rows, live, opening, watch=watch)
-            return run_step(model, token, layers, watched)
 
         def step(token: mx.array, layers: Any, position: mx.array, offset: mx.array, rows: Any) -> Any:
             self.traces += 1

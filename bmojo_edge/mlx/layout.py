@@ -53,7 +53,10 @@ class Layout:
 
     start (b,) and length (b,): carried positions and real tokens, on the host. position (b, t), chunk (b, t) ordinals
     within the call, chunks: what each chunk's set may hold, last_chunk (b,), rotary at position + offset.
+    watch: where each layer of attention notes its memories' shares, see `attention_shares`; None: it does not.
     """
+
+    watch: list[dict[str, mx.array]] | None = None
 
     def __init__(self, config: Config, t: int, start: Sequence[int], offset: mx.array, lengths: Sequence[int]) -> None:
         self.t, self.start, self.length = t, np.array(start, np.int64), np.array(lengths, np.int64)
@@ -182,7 +185,6 @@ class Step:
     rows (b,): whose token each row writes where some rows rest, so that these write again what an active row writes;
     None: every row its own. live: how many slots may hold something, see `live_slots`; None: perhaps all. opening: a
     row may still fill its sinks. promotes (b,) bool: rows that must promote within the step; None: that is done.
-    watch: where each layer of attention notes its memories' shares, see `attention_shares`; None: it does not.
     """
 
     def __init__(
@@ -194,10 +196,9 @@ class Step:
         live: int | None = None,
         opening: bool = True,
         promotes: mx.array | None = None,
-        watch: list[dict[str, mx.array]] | None = None,
     ) -> None:
         self.position, self.offset, self.rows = position, offset, rows
-        self.live, self.opening, self.promotes, self.watch = live, opening, promotes, watch
+        self.live, self.opening, self.promotes = live, opening, promotes
         self.window, turns = config.window, turns_of(config)
         self.rotary = None if turns is None else rotary((position + offset)[:, None], turns)
         self.active = None if rows is None else rows == mx.arange(rows.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from bmojo_edge.config import Config
 from bmojo_edge.mlx import ops
@@ -162,11 +163,26 @@ def read_memories(
                 every = mx.broadcast_to(mx.arange(s, dtype=index.dtype), (*index.shape[:2], s))
                 index = mx.concatenate([every, index], axis=-1)
         pinned = Pinned(rotate(x.q, pinned_rotary(config)), pool.k, pool.v, pool.position, index, near=w)
+    columns = 0 if pinned is None else pinned.k.shape[2]
     if state.recalled:  # () without storage
         q = rotate(x.q, pinned_rotary(config)) if pinned is None else pinned.q
         pinned = with_recalled(config, pinned, q, state.recalled, sets)
+    if layout.watch is not None:
+        stored = 0 if pinned is None else pinned.k.shape[2] - columns
+        pins = {"sinks": s, "eidetic": columns - s, "storage": stored}
+        layout.watch.append(_shares(config, bands, pinned, pins, layout))
     o = memory_attention(bands, pinned, layout.queries, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic), sets
+
+
+def _shares(
+    config: Config, bands: list[Band], pinned: Pinned | None, pins: dict[str, int], layout: Layout
+) -> dict[str, mx.array]:
+    """How attention divided; pins: how many columns of the pinned memory each name has, in order."""
+    names = ["window", "fading"][: len(bands)]
+    owner = np.repeat(np.arange(len(names), len(names) + len(pins)), list(pins.values()))
+    at, scale = layout.queries, softmax_scale(config)
+    return attention_shares([*names, *pins], bands, pinned, mx.array(owner), at, scale)
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
@@ -201,21 +217,19 @@ def step_memories(
         fading = FadingState(put(state.fading.k, turned.k_fading, step), put(state.fading.v, x.v_fading, step))
     if s and step.opening:
         sinks = _opened(sinks, x, step)
-    memories = {"window": slots_seen(turned.q, window.k, window.v, step)}
+    memories = [slots_seen(turned.q, window.k, window.v, step)]
     if step.aged and fading:  # () in a layer without an SSM
-        memories["fading"] = slots_seen(turned.q_fading, fading.k, fading.v, step, near=w)
+        memories.append(slots_seen(turned.q_fading, fading.k, fading.v, step, near=w))
     if step.aged and (s or scores is not None):
         q = turned.q_pinned
         if s:
-            memories["sinks"] = Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s))
+            memories.append(Slots(q, sinks.k, sinks.v, w, step.sinks_held(s), step.sinks_mask(s)))
         if scores is not None:
-            memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, w, eidetic.positions)
+            memories.append(Slots(q, eidetic.k, eidetic.v, w, eidetic.positions))
     if state.recalled:
         q, kept = rotate(x.q, pinned_rotary(config)), None if scores is None else eidetic.positions
-        memories["storage"] = recalled_slots(q, state.recalled, kept)
-    if step.watch is not None:
-        step.watch.append(attention_shares(memories, step.position, softmax_scale(config)))
-    o = memory_attention_step(list(memories.values()), step.position, softmax_scale(config))
+        memories.append(recalled_slots(q, state.recalled, kept))
+    o = memory_attention_step(memories, step.position, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
 
 

@@ -149,12 +149,20 @@ class Model(nn.Module):
         """Logits (..., v) of normalised activations (..., d)."""
         return self.lm_head(hidden) if "lm_head" in self else self.embed.as_linear(hidden)
 
-    def _run(self, tokens: Any, state: State | None, lengths: Any, eidetic_index: Any) -> _Run:
+    def _run(
+        self,
+        tokens: Any,
+        state: State | None,
+        lengths: Any,
+        eidetic_index: Any,
+        watch: list[dict[str, mx.array]] | None = None,
+    ) -> _Run:
         tokens, counts = self._tokens(tokens, lengths)
         b, t = tokens.shape
         state = self.init_state(b) if state is None else state
         _check_rows(state, b)
         layout = layout_of(self.config, t, state.position.tolist(), state.offset, counts)
+        layout.watch = watch
         forced = self._forced(eidetic_index, layout)
         h, states, remembered = _masked(self.embed(_masked(tokens, layout.real)), layout.real), [], []
         for i, layer in enumerate(self.layers):
@@ -221,6 +229,16 @@ class Model(nn.Module):
                 mx.eval(last, state)  # before the next block: memory stays that of one
         return self.head(last), state
 
+    def prefill_with_attention(self, tokens: Any, state: State) -> tuple[mx.array, State, list[dict[str, mx.array]]]:
+        """`prefill` in one block, with the share of each token's attention that each memory got in each layer.
+
+        A layer's shares are (b, h, t) by the names of `state.MEMORIES`, together 1; layers without attention have none.
+        """
+        watch: list[dict[str, mx.array]] = []
+        run = self._run(tokens, state, None, None, watch)
+        found = iter(watch)
+        return self.head(run.out[:, -1]), run.state, [next(found) if a else {} for a in attending(self.config)]
+
     def window_tokens(self, state: State, begin: int, count: int, layers: Sequence[int]) -> np.ndarray:
         """Keys, unrotated, and values of the tokens at positions begin .. begin + count - 1 of every row.
 
@@ -259,18 +277,6 @@ class Model(nn.Module):
         token = integers(token, "token", 1, self.config.vocab_size, counted)
         _check_rows(state, token.size)
         return self.decoder(token, state, active)
-
-    def decode_with_attention(self, token: Any, state: State) -> tuple[mx.array, State, list[dict[str, mx.array]]]:
-        """`decode_one_token`, with the share of attention that each memory got in each layer.
-
-        A layer's shares are (b, h) by the names of `state.MEMORIES`, together 1; layers without attention have none.
-        """
-        token = integers(token, "token", 1, self.config.vocab_size)
-        _check_rows(state, token.size)
-        watch: list[dict[str, mx.array]] = []
-        logits, state = self.decoder(token, state, None, watch)
-        found = iter(watch)
-        return logits, state, [next(found) if attends else {} for attends in attending(self.config)]
 
 
 def integers(x: Any, name: str, dims: int, below: int | None = None, counted: Any = None) -> mx.array:

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -37,11 +38,13 @@ def build(
     sessions: Path | None = None,
     pages: Path | None = None,
     hosts: frozenset[str] | None = None,
+    origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The application; `name` is the model's in requests.
 
     `sessions` is the folder where sessions are saved; None keeps them in memory. `pages` is the folder of the chat
-    page, if it is served. `hosts` are the names the server may be called by; None: any.
+    page, if it is served. `hosts` are the names the server may be called by; None: any. `origins` are those of pages
+    elsewhere that may use it; "*": any.
     Raises ValueError where the model cannot be served, OSError where the folder cannot be used.
     """
     service = Service(lm, name, limits, sessions)
@@ -54,7 +57,11 @@ def build(
         await run_in_threadpool(service.close)
 
     app = FastAPI(title="bmojo-edge", lifespan=lifespan, docs_url=None, redoc_url=None)  # those pages need a CDN
-    app.add_middleware(Guard, api_key=api_key, max_body=limits.max_body, hosts=hosts, open_paths=frozenset(page))
+    app.state.worker = service.worker
+    given = {"api_key": api_key, "max_body": limits.max_body, "hosts": hosts, "origins": origins}
+    app.add_middleware(Guard, open_paths=frozenset(page), **given)
+    if origins:  # around the guard: browsers read its refusals too, and ask without a key whether they may ask
+        app.add_middleware(CORSMiddleware, allow_origins=[*origins], allow_methods=["*"], allow_headers=["*"])
     app.include_router(session_routes.router(service))
     app.include_router(static.router(page))
 
@@ -114,16 +121,19 @@ async def _vanished(*_: Any) -> Response:
 
 
 async def _invalid(_: Request, error: Any) -> Response:
-    found = error.errors()  # several where a field may be of several kinds
+    found = error.errors()
     fields = [
         "body" if one["type"] == "json_invalid" else ".".join(map(str, one["loc"][1:])) or "body" for one in found
     ]
-    message = "; ".join(f"{field}: {one['msg']}" for field, one in zip(fields[:4], found, strict=False))
+    unknown = {"extra_forbidden", "none_required"}
+    problems = ["is not supported here" if one["type"] in unknown else one["msg"] for one in found]
+    message = "; ".join(f"{field}: {problem}" for field, problem in zip(fields[:4], problems, strict=False))
     return reply(400, answers.error(message, "invalid_request_error", fields[0]))
 
 
 async def _http_error(_: Request, error: Any) -> Response:
-    return reply(error.status_code, answers.error(str(error.detail), "invalid_request_error"))
+    message = f"{error.detail}; /openapi.json tells what there is"
+    return reply(error.status_code, answers.error(message, "invalid_request_error"))
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:

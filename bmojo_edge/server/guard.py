@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +16,26 @@ DRAINED, DRAIN_SECONDS = 8, 5.0  # of a body that is too large, times the limit 
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
+class _Refusal(Exception):
+    """What is sent in place of an answer."""
+
+    def __init__(self, status: int, message: str, code: str, kind: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status, self.body = status, answers.as_json(answers.error(message, kind, code=code))
+
+    async def send(self, send: Any) -> None:
+        """Answer with it, and close the connection."""
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
 class Guard:
     """Refuses with 401 without the key, if there is one (not for /health and `open_paths`).
 
     Refuses bodies too large (413) or slow (408); where `hosts` are given, requests for another host (421): a page
-    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403).
+    elsewhere whose name was made to lead here; and what a page of another origin wants changed (403), but for those of
+    `origins` ("*": any).
     """
 
     def __init__(
@@ -29,48 +45,23 @@ class Guard:
         max_body: int,
         hosts: frozenset[str] | None = None,
         open_paths: frozenset[str] = frozenset(),
+        origins: frozenset[str] = frozenset(),
     ) -> None:
         self._app, self._max_body, self._hosts, self._open = app, max_body, hosts, open_paths | {"/health"}
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key, self._origins = None if api_key is None else api_key.encode(), origins
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._hosts is not None and re.sub(r":\d*$", "", host).lower() not in self._hosts:
-            message = f"this server is not {host!r}; start it with --host if it should be reached from elsewhere"
-            await _refuse(send, 421, message, "invalid_request_error", "wrong_host")
-            return
-        _, _, origin = headers.get(b"origin", b"").partition(b"://")
-        if b"origin" in headers and scope["method"] not in _READING and origin != headers.get(b"host"):
-            await _refuse(send, 403, "pages of other origins change nothing here", "invalid_request_error", "origin")
-            return
-        if self._expected is not None and scope["path"] not in self._open:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-                await _refuse(send, 401, message, "authentication_error", "invalid_api_key")
-                return
-        too_large = f"the body is larger than {self._max_body:,} bytes"
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body:
-            await _drain(receive, DRAINED * self._max_body)
-            await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
-            return
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await _read(receive, self._max_body)
-        except TimeoutError:
-            late = f"the body did not arrive within {BODY_SECONDS:g} seconds"
-            await _refuse(send, 408, late, "timeout_error", "timeout")
+            self._check(scope, headers)
+            body = await self._body(receive, headers)
+        except _Refusal as refusal:
+            await refusal.send(send)
             return
-        if body is None:
-            return
-        if len(body) > self._max_body:
-            await _drain(receive, DRAINED * self._max_body)
-            await _refuse(send, 413, too_large, "invalid_request_error", "body_too_large")
+        if body is None:  # the client has gone
             return
         told = False
 
@@ -82,6 +73,40 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+    def _check(self, scope: Any, headers: Mapping[bytes, bytes]) -> None:
+        """Who asks, by which name, and from where."""
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and re.sub(r":\d*$", "", host).lower() not in self._hosts:
+            message = f"this server is not {host!r}; start it with --host if it should be reached from elsewhere"
+            raise _Refusal(421, message, "wrong_host")
+        if b"origin" in headers and scope["method"] not in _READING and not self._allows(headers[b"origin"], host):
+            raise _Refusal(403, "pages of other origins change nothing here; see --allow-origin", "origin")
+        if self._key is not None and scope["path"] not in self._open:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+                message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+                raise _Refusal(401, message, "invalid_api_key", "authentication_error")
+
+    async def _body(self, receive: Any, headers: Mapping[bytes, bytes]) -> bytes | None:
+        """All of it; None where the client has gone."""
+        declared = headers.get(b"content-length", b"0")  # the server before has seen to it that it is a number
+        if len(declared) < 20 and int(declared) <= self._max_body:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    body = await _read(receive, self._max_body)
+            except TimeoutError:
+                message = f"the body did not arrive within {BODY_SECONDS:g} seconds"
+                raise _Refusal(408, message, "timeout", "timeout_error") from None
+            if body is None or len(body) <= self._max_body:
+                return body
+        await _drain(receive, DRAINED * self._max_body)
+        raise _Refusal(413, f"the body is larger than {self._max_body:,} bytes", "body_too_large")
+
+    def _allows(self, origin: bytes, host: str) -> bool:
+        """Whether a page of this origin may change something."""
+        name = origin.decode("latin-1")
+        return name.partition("://")[2] == host != "" or not self._origins.isdisjoint((name, "*"))
 
 
 async def _read(receive: Any, limit: int, keep: bool = True) -> bytes | None:
@@ -103,10 +128,3 @@ async def _drain(receive: Any, limit: int) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
             await _read(receive, limit, keep=False)
-
-
-async def _refuse(send: Any, status: int, message: str, kind: str, code: str) -> None:
-    body = answers.as_json(answers.error(message, kind, code=code))
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

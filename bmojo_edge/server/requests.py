@@ -1,14 +1,15 @@
 """What may be asked: the bodies of OpenAI's API as far as they are supported, checked field by field.
 
-A field that would change the answer and is not supported is refused by name; fields that only label a request are
-taken and ignored. This module knows no HTTP and no model.
+A field that would change the answer and is not supported is refused by name, unless it says what is the case anyway;
+fields that only label a request are taken and ignored. This module knows no HTTP and no model.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from bmojo_edge.generate import Options, Prompt
 from bmojo_edge.server.session_folder import ID
@@ -22,9 +23,26 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _or(kinds: str) -> WrapValidator:
+    """One error, which tells the kinds that a field may be of, in place of one for each."""
+
+    def checked(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("kinds", "must be {kinds}", {"kinds": kinds}) from None
+
+    return WrapValidator(checked)
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 One = Annotated[Literal[1], BeforeValidator(_whole)]
-Stop = Annotated[str, Field(min_length=1)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None,
+    _or(f"a text, or a list of at most {MAX_STOPS}, none of them empty"),
+]
 
 
 class _Strict(BaseModel):
@@ -34,8 +52,8 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """`include_usage`: one more chunk at the end, with the usage."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class TextPart(_Strict):
@@ -45,12 +63,23 @@ class TextPart(_Strict):
     text: str
 
 
+class TextFormat(_Strict):
+    """How answers are written; only as text."""
+
+    type: Literal["text"]
+
+
 class ChatMessage(_Strict):
-    """One message of a conversation."""
+    """One message of a conversation; an answer may come back with all fields that clients know of it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str | list[TextPart], _or('a text, or a list of {"type": "text", "text": ...}; no other type')]
     name: str | None = None
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates read it; templates know no "developer"."""
@@ -62,7 +91,7 @@ class _Request(_Strict):
     """What both kinds have in common."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, ge=0, le=1)
@@ -70,10 +99,11 @@ class _Request(_Strict):
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
     seed: Whole | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop = None
     n: One | None = None
     frequency_penalty: float | None = Field(default=None, ge=0.0, le=0.0)  # what is not supported must be off
     presence_penalty: float | None = Field(default=None, ge=0.0, le=0.0)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
 
@@ -99,6 +129,18 @@ class ChatRequest(_Request):
     max_completion_tokens: Whole | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+    tools: None = None
+    tool_choice: Literal["none", "auto"] | None = None  # without tools these change nothing
+    parallel_tool_calls: bool | None = None
+    functions: None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -135,11 +177,15 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """The body of /v1/completions."""
 
-    prompt: str | list[Annotated[Whole, Field(ge=0)]] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Annotated[
+        str | list[Annotated[Whole, Field(ge=0)]] | Annotated[list[str], Field(min_length=1, max_length=1)],
+        _or("one text, or the ids of one"),
+    ]
     max_tokens: Whole | None = Field(default=16, ge=1)
     logprobs: Whole | None = Field(default=None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: One | None = None
+    suffix: None = None
 
     @property
     def text(self) -> Prompt:

@@ -7,6 +7,7 @@ batches.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from bmojo_edge.server.requests import ChatRequest, CompletionRequest
 from bmojo_edge.server.scheduler import Job, Said, Scheduler
 from bmojo_edge.server.session_folder import SessionFolder
 from bmojo_edge.server.sessions import (
-    NoRoom,
+    NotYet,
     SessionBusy,
     SessionExists,
     SessionProblem,
@@ -40,7 +41,7 @@ from bmojo_edge.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-PATIENCE = 1.0  # seconds a request waits for a session in use: an answer whose client left ends a moment later
+PATIENCE = 1.0  # seconds a request waits for a session that answers: one whose client left ends a moment later
 POLL = 0.03  # seconds
 STATUS = {UnknownSession: 404, SessionExists: 409}  # other problems: 400
 
@@ -68,8 +69,9 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as it is sent."""
-        return answers.error(str(self), self.kind, code=self.code)
+        """The error as it is sent; a message that begins with a field's name and a colon is about that field."""
+        field = re.match(r"[a-z_]+(?=: )", str(self))
+        return answers.error(str(self), self.kind, field and field[0], self.code)
 
 
 class Vanished(Exception):
@@ -88,7 +90,7 @@ class Service:
         self.worker = Worker(scheduler, min(limits.max_running, limits.slots) + limits.max_waiting)
         saved = None if folder is None else SessionFolder(folder)
         self.sessions = Sessions(lm, scheduler, self.worker.call, saved, limits.max_stored)
-        self._in_line = 0  # requests that wait for room
+        self._in_line = 0  # requests that wait for their session, or for room
         self.created = int(time.time())
         self._watching: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
@@ -103,37 +105,42 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        kind = "chat" if isinstance(asked, ChatRequest) else "text"
         if isinstance(asked, ChatRequest) and asked.session_id is not None:
             job = await self._session_job(asked, asked.session_id, tell)
         else:
             job = await run_in_threadpool(self._job, asked, tell)
-        answer = Answer(kind, self.name, self.tokenizer, asked.top)
+        self._submit(job)
+        answer = Answer("chat" if isinstance(asked, ChatRequest) else "text", self.name, self.tokenizer, asked.top)
         deadline = loop.time() + self.limits.timeout
-        try:
-            self.worker.submit(job)
-        except Busy:
-            if job.owner is not None:
-                owner = job.owner
-                self.worker.call(lambda: owner.left(None))
-            raise self._busy("the server is busy; try again in a moment") from None
-        except Closed:
-            raise Refused(503, "the server is shutting down", "server_error", "shutting_down") from None
         # Begun here: a response whose client is gone already may never ask for its first token.
         gone = asyncio.ensure_future(self._until_gone(request, job))
         self._watching.add(gone)
         gone.add_done_callback(self._watching.discard)
         said = self._said(job, events, gone, deadline)
         if asked.stream:
-            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            wants_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             chunks = self._chunks(said, job, answer, wants_usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
         whole = [one async for one in said]
         return reply(200, answer.whole(whole, usage(job, len(whole))))
 
+    def _submit(self, job: Job) -> None:
+        try:
+            self.worker.submit(job)
+        except (Busy, Closed) as problem:
+            if job.owner is not None:
+                owner = job.owner
+                self.worker.call(lambda: owner.left(None))
+            if isinstance(problem, Closed):
+                raise self._ending(problem) from None
+            raise self._busy("the server is busy; try again in a moment") from None
+
     async def perform(self, task: Callable[[], Steps[T]]) -> T:
-        """What a task on sessions returns. It waits a moment for a session in use, longer for room. Raises Refused."""
+        """What a task on sessions returns. It waits a moment for an answer to end, longer for all else.
+
+        Raises Refused.
+        """
         start, in_line = time.monotonic(), False
         try:
             while True:
@@ -142,7 +149,7 @@ class Service:
                 except SessionBusy as problem:
                     if time.monotonic() > start + PATIENCE:
                         raise Refused(409, str(problem), code="session_busy") from None
-                except NoRoom as problem:
+                except NotYet as problem:
                     if not in_line and self._in_line >= self.limits.max_waiting:
                         raise self._busy(str(problem)) from None
                     if time.monotonic() > start + self.limits.timeout:
@@ -155,13 +162,16 @@ class Service:
         except SessionProblem as problem:
             raise Refused(STATUS.get(type(problem), 400), str(problem)) from None
         except Closed as closed:
-            raise Refused(503, str(closed), "server_error", "shutting_down") from None
+            raise self._ending(closed) from None
         finally:
             self._in_line -= in_line
 
     def _busy(self, message: str) -> Refused:
         self.metrics.add("refused")
         return Refused(429, message, "rate_limit_error", "busy")
+
+    def _ending(self, closed: Closed) -> Refused:
+        return Refused(503, str(closed), "server_error", "shutting_down")
 
     async def _session_job(self, asked: ChatRequest, session: str, tell: Callable[[Said | Exception], None]) -> Job:
         try:
@@ -214,7 +224,7 @@ class Service:
                 said = event.result()
                 cut = isinstance(said, Said) and said.token.finish_reason is None
                 if isinstance(said, Closed):
-                    raise Refused(503, str(said), "server_error", "shutting_down")
+                    raise self._ending(said)
                 if isinstance(said, Exception):
                     raise Refused(500, f"the model failed: {said}", "server_error")
                 self.metrics.add("tokens")

@@ -50,8 +50,8 @@ class TooManySessions(SessionProblem):
     """There are as many as may be kept."""
 
 
-class NoRoom(SessionProblem):
-    """As many sessions are in use as there is memory for."""
+class NotYet(SessionProblem):
+    """It can be done as soon as others have ended: there is no memory for one more, or it is being worked on."""
 
 
 class Record:
@@ -61,7 +61,7 @@ class Record:
         self.name, self.transcript = name, transcript
         self.told: Told = transcript.told(with_texts=False)
         self.session: Session | None = None
-        self.busy = False
+        self.busy = self.answering = False
         self.saved = ""  # hash of the state that is on the disk, or on its way there
         self.saving: Future[None] | None = None
 
@@ -214,6 +214,7 @@ class Sessions:
                     session.rewind()
                     raise SessionProblem(f"messages: have {new:,} new tokens; at most {limit:,} are read here")
                 self._scheduler.reserve(name, max(RESERVED, self._states(session) + ANSWERING))
+                record.answering = True
                 return Job(answering.run, tell, top, owner=_Answer(self._settle, record, answering))
             except BaseException:
                 self._settle(record)
@@ -274,17 +275,19 @@ class Sessions:
 
     def _take(self, record: Record) -> None:
         """Nobody else uses the session now, and its states are not dropped."""
-        if record.busy:
+        if record.answering:
             raise SessionBusy(f"session {record.name!r} is in use; try again when its answer has ended")
+        if record.busy:
+            raise NotYet(f"session {record.name!r} is being read or looked into; try again in a moment")
         self._scheduler.kept.release(record.name)
         if not self._scheduler.reserve(record.name, RESERVED):
             self._settle(record)
-            raise NoRoom("as many sessions are in use as there is memory for; try again in a moment")
+            raise NotYet("as many sessions are in use as there is memory for; try again in a moment")
         record.busy = True
 
     def _settle(self, record: Record) -> None:
         """The session is no longer used; its state is saved soon, and stays in memory while there is room."""
-        record.busy = False
+        record.busy = record.answering = False
         self._scheduler.free(record.name)
         session = record.session
         if session is None or self._records.get(record.name) is not record:

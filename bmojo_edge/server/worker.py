@@ -41,7 +41,7 @@ class Worker:
         self._open: set[Job] = set()
         self._tasks: deque[tuple[Steps[Any], Future[Any]]] = deque()  # the thread's own
         self._lock = threading.Lock()
-        self._closing = False
+        self._refusing = self._closing = False
         self._thread = threading.Thread(target=self._work, name="bmojo-edge model", daemon=True)
 
     def start(self) -> None:
@@ -70,8 +70,7 @@ class Worker:
 
         job.tell = told
         with self._lock:
-            if self._closing:
-                raise Closed
+            self._check_open()
             if len(self._open) >= self._max_open:
                 raise Busy
             self._open.add(job)
@@ -101,8 +100,7 @@ class Worker:
                 self._tasks.append((task, future))
 
         with self._lock:
-            if self._closing:
-                raise Closed("the server is shutting down")
+            self._check_open()
             self._calls.put(begin)
         return future
 
@@ -110,23 +108,32 @@ class Worker:
         """Have something short done by the thread; nothing happens once it has ended."""
         self._calls.put(what)
 
+    def end(self) -> None:
+        """End all jobs and tasks with Closed, and take no more."""
+        with self._lock:
+            self._refusing = True
+            self._calls.put(self._end)
+
     def close(self, then: Callable[[], None]) -> None:
-        """End all jobs and tasks with Closed, do a last thing, and end the thread; returns when it has ended."""
-        closed = Closed("the server is shutting down")
-
-        def end() -> None:
-            self._scheduler.end(closed)
-            while self._tasks:
-                task, future = self._tasks.popleft()
-                task.close()
-                future.set_exception(closed)
-            then()
-
+        """`end`, do a last thing, and end the thread; returns when it has ended."""
+        self.end()
         with self._lock:
             self._closing = True
-            self._calls.put(end)
+            self._calls.put(then)
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._refusing:
+            raise Closed("the server is shutting down")
+
+    def _end(self) -> None:
+        closed = Closed("the server is shutting down")
+        self._scheduler.end(closed)
+        while self._tasks:
+            task, future = self._tasks.popleft()
+            task.close()
+            future.set_exception(closed)
 
     def _forget(self, job: Job) -> None:
         with self._lock:

@@ -1,26 +1,38 @@
-"""How much of a token's attention each memory got, for those who look into a model; decoding does not compute it.
+"""How much of the tokens' attention each memory got, for those who look into a model; no answer computes it.
 
 Nothing here knows a layer or a config.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bmojo_edge.torch.ops import Slots, wide
+from bmojo_edge.torch.ops import Band, Pinned, Queries, memory_attention, wide
 
 
-def attention_shares(memories: Mapping[str, Slots], scale: float) -> dict[str, Tensor]:
-    """The share of each memory in the one softmax of `memory_attention_step`: (b, h) each, together 1."""
-    sums = {}
-    for name, m in memories.items():
-        (b, h, _, p), g = m.q.shape, m.k.shape[1]
-        products = (m.q.reshape(b, g, h // g, p) @ m.k.transpose(-1, -2)).to(wide(m.q.dtype)) * scale
-        scores = products.masked_fill(~m.visible[:, None, None], -math.inf)
-        sums[name] = scores.logsumexp(dim=-1).view(b, h)
-    shares = torch.stack(list(sums.values()), dim=-1).softmax(dim=-1)
-    return {name: shares[..., i] for i, name in enumerate(sums)}
+def attention_shares(
+    names: Sequence[str], bands: list[Band], pinned: Pinned | None, owner: Tensor | None, at: Queries, scale: float
+) -> dict[str, Tensor]:
+    """The share of each memory in the one softmax of `memory_attention`: (b, h, t) each, together 1.
+
+    names: of the bands, then of the pinned memories; owner (b, n): whose each pinned column is, by place in `names`.
+    Attention mixes values, so values that say whose they are come out as the shares.
+    """
+    p, shares = bands[0].q.shape[-1], []
+    for first in range(0, len(names), p):  # a value has room for p names
+        marked = [_marked(band, torch.full_like(band.position, i - first)) for i, band in enumerate(bands)]
+        pins = None if pinned is None or owner is None else _marked(pinned, owner - first)
+        mixed = memory_attention(marked, pins, at, scale)
+        shares += [mixed[..., i] for i in range(min(p, len(names) - first))]
+    return dict(zip(names, shares, strict=True))
+
+
+def _marked(memory: Any, owner: Tensor) -> Any:
+    """A memory in `wide` precision, whose values are 1 at the number of their owner (b, n)."""
+    q, k = memory.q.to(wide(memory.q.dtype)), memory.k.to(wide(memory.k.dtype))
+    marks = (owner[..., None] == torch.arange(k.shape[-1], device=k.device)).to(k.dtype)
+    return memory._replace(q=q, k=k, v=marks[:, None].expand(k.shape))

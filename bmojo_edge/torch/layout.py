@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     idle: bool  # a row has no token in this call; only known where a cache grows
     pinned: Rotary | None  # (1, 1, p / 2) at the distance `window`, see pinned_rotary
     recalled: tuple[Tensor, Tensor] | None = None  # what all layers have in common of storage, see recalled.shared
+    watch: list[dict[str, Tensor]] | None = None  # where layers note their memories' shares; None: they do not
 
     @property
     def lookback(self) -> Tensor | None:
@@ -68,7 +69,6 @@ class Step(NamedTuple):
     rotary: Rotary | None  # (b, 1, p / 2) at position + offset
     tokens: int  # as in Layout
     idle: bool
-    watch: list[dict[str, Tensor]] | None = None  # where layers note their memories' shares; None: they do not
     pinned: Rotary | None = None  # as in Layout
 
 

@@ -48,6 +48,15 @@ def load_weights(model: Model, weights: Mapping[str, Any], device: torch.device 
     return model
 
 
+def check_device(name: torch.device | str) -> None:
+    """Raise ValueError where PyTorch cannot compute on a device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name}: PyTorch cannot use it here ({reason})") from None
+
+
 def load(
     path: str | Path,
     dtype: str | None = None,
@@ -59,8 +68,9 @@ def load(
 
     dtype: "float32", "float16" or "bfloat16", None as stored; quantised weights are dequantised; verify: compare with
     the folder's golden logits; num_iter: steps of the solver of gka mixers, None as stored (fewer are faster and less
-    exact). Raises CheckpointError naming file and field.
+    exact). Raises CheckpointError naming file and field, ValueError for a device that is not there.
     """
+    check_device(device)
     folder = hub.locate(path)
     config, weights = checkpoint.read(folder)
     plain = dequantized(weights, config.quantization)

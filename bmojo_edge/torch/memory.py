@@ -214,8 +214,24 @@ def read_memories(
             q = rotate(x.q, layout.pinned)
             pinned = Pinned(q, pool.k, pool.v, pool.position, torch.cat(columns, dim=2), w, pool.own)
     o = memory_attention(bands, pinned, layout.queries(config.chunk_size), softmax_scale(config))
+    if layout.watch is not None:
+        layout.watch.append(_shares(config, bands, pinned, state, layout))
     rest = state.history, state.ssm, state.recalled, state.queries  # _replace fails under torch 2.11's compiler
     return o, BMojoState(window, fading, sinks, eidetic, *rest), sets
+
+
+def _shares(
+    config: Config, bands: list[Band], pinned: Pinned | None, state: BMojoState, layout: Layout
+) -> dict[str, Tensor]:
+    """How attention divided among the bands, sinks, eidetic slots and recalled blocks."""
+    names, owner = ["window", "fading"][: len(bands)], None
+    if pinned is not None:
+        owner = torch.where(pinned.position < config.n_sinks, 0, 1)
+        if state.recalled:
+            owner[:, pinned.own - state.recalled.positions.shape[1] : pinned.own] = 2
+        owner += len(names)
+    at, scale = layout.queries(config.chunk_size), softmax_scale(config)
+    return attention_shares([*names, "sinks", "eidetic", "storage"], bands, pinned, owner, at, scale)
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
@@ -250,39 +266,35 @@ def step_memories(
     if score is not None:
         scores = put(state.window.scores[:, None, :, None], slot, score[:, None, None, None], step.active)
         window = WindowState(window.k, window.v, scores[:, 0, :, 0])
-    memories = {"window": Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)}
+    read = [Slots(rotate(x.q, step.rotary), window.k, window.v, slot_positions(w, i) >= 0)]
     fading, sinks, leaving = state.fading, state.sinks, (i - w)[:, None]
     if f and x.k_fading is not None and x.v_fading is not None:
         slot = i % (w + f)
         k = put(state.fading.k, slot, rotate(x.k_fading, step.rotary), step.active)
         fading, held = FadingState(k, put(state.fading.v, slot, x.v_fading, step.active)), slot_positions(w + f, i)
-        memories["fading"] = Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving))
+        read.append(Slots(rotate(x.q_fading, step.rotary), *fading, (held >= 0) & (held <= leaving)))
     if config.n_sinks or score is not None or state.recalled:
-        q = rotate(x.q, step.pinned)
+        q, pinned = rotate(x.q, step.pinned), []
         if config.n_sinks:
             slots = torch.arange(config.n_sinks, device=i.device)
             first = i < config.n_sinks if step.active is None else step.active & (i < config.n_sinks)
             slot = i.clamp(max=config.n_sinks - 1)
             sinks = SinkState(put(sinks.k, slot, x.k, first), put(sinks.v, slot, x.v, first))
-            memories["sinks"] = Slots(q, *sinks, slots <= leaving)
+            pinned.append(Slots(q, *sinks, slots <= leaving))
         if score is not None:
             seen = (eidetic.positions >= 0) & (eidetic.positions <= leaving)
-            memories["eidetic"] = Slots(q, eidetic.k, eidetic.v, seen)
+            pinned.append(Slots(q, eidetic.k, eidetic.v, seen))
         if state.recalled:
             kept = None if score is None else eidetic.positions
-            memories["storage"] = recalled_slots(q, state.recalled, kept)
-    if step.watch is not None:
-        step.watch.append(attention_shares(memories, softmax_scale(config)))
-    o = memory_attention_step(_side_by_side(memories), softmax_scale(config))
+            pinned.append(recalled_slots(q, state.recalled, kept))
+        read.append(_side_by_side(pinned))
+    o = memory_attention_step(read, softmax_scale(config))
     return o, state._replace(window=window, fading=fading, sinks=sinks, eidetic=eidetic)
 
 
-def _side_by_side(memories: dict[str, Slots]) -> list[Slots]:
-    """The memories of a step, those read by the pinned query as one: three copies in place of products each."""
-    found, pinned = [], []
-    for name, memory in memories.items():
-        (found if name in ("window", "fading") else pinned).append(memory)
-    if len(pinned) > 1:
-        k, v = torch.cat([m.k for m in pinned], dim=2), torch.cat([m.v for m in pinned], dim=2)
-        pinned = [Slots(pinned[0].q, k, v, torch.cat([m.visible for m in pinned], dim=1))]
-    return found + pinned
+def _side_by_side(pinned: list[Slots]) -> Slots:
+    """Memories read by one query as one: three copies in place of products each."""
+    if len(pinned) == 1:
+        return pinned[0]
+    k, v = torch.cat([m.k for m in pinned], dim=2), torch.cat([m.v for m in pinned], dim=2)
+    return Slots(pinned[0].q, k, v, torch.cat([m.visible for m in pinned], dim=1))

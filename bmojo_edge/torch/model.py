@@ -200,12 +200,21 @@ class Model(nn.Module):
         """(v, d): what turns normalised activations into logits."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def _run(self, tokens: Any, state: State | None, segment_ids: Any, lengths: Any, eidetic_index: Any) -> _Run:
+    def _run(
+        self,
+        tokens: Any,
+        state: State | None,
+        segment_ids: Any,
+        lengths: Any,
+        eidetic_index: Any,
+        watch: list[dict[str, Tensor]] | None = None,
+    ) -> _Run:
         tokens = self._integers(tokens, "tokens", 2)
         tokens, layout, segments = self._placed(tokens, state, segment_ids, lengths)
         state = self.init_state(tokens.shape[0]) if state is None else state
         growth = growth_of(self.config, layout.last_position, layout.last_column < 0)
-        layout = layout._replace(tokens=growth[0], idle=growth[1], recalled=shared(self.config, state, layout.chunks))
+        recalled = shared(self.config, state, layout.chunks)
+        layout = layout._replace(tokens=growth[0], idle=growth[1], recalled=recalled, watch=watch)
         forced = self._forced(eidetic_index, layout)
         h, states, remembered = self._embedded(tokens, layout), [], []
         for i, block in enumerate(self.blocks()):
@@ -296,6 +305,17 @@ class Model(nn.Module):
         return self.head(last), state
 
     @torch.no_grad()
+    def prefill_with_attention(self, tokens: Any, state: State) -> tuple[Tensor, State, list[dict[str, Tensor]]]:
+        """`prefill` in one block, with the share of each token's attention that each memory got in each layer.
+
+        A layer's shares are (b, h, t) by the names of `state.MEMORIES`, together 1; layers without attention have none.
+        """
+        watch: list[dict[str, Tensor]] = []
+        run = self._run(tokens, state, None, None, None, watch)
+        found = iter(watch)
+        return self.head(run.out[:, -1]), run.state, [next(found) if a else {} for a in attending(self.config)]
+
+    @torch.no_grad()
     def window_tokens(self, state: State, begin: int, count: int, layers: Sequence[int]) -> np.ndarray:
         """Keys, unrotated, and values of the tokens at positions begin .. begin + count - 1 of every row.
 
@@ -342,26 +362,9 @@ class Model(nn.Module):
 
         Rows with `active` (b,) False keep their state; their logits are 0.
         """
-        return self._step(token, state, active, None)
-
-    @torch.no_grad()
-    def decode_with_attention(self, token: Any, state: State) -> tuple[Tensor, State, list[dict[str, Tensor]]]:
-        """`decode_one_token`, with the share of attention that each memory got in each layer.
-
-        A layer's shares are (b, h) by the names of `state.MEMORIES`, together 1; layers without attention have none.
-        """
-        watch: list[dict[str, Tensor]] = []
-        logits, state = self._step(token, state, None, watch)
-        found = iter(watch)
-        return logits, state, [next(found) if attends else {} for attends in attending(self.config)]
-
-    def _step(
-        self, token: Any, state: State, active: Any, watch: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, State]:
         token = self._integers(token, "token", 1, tuple(state.position.shape))
         active = None if active is None else torch.as_tensor(active, device=self.device).bool()
         step = step_of(self.config, state.position, state.offset, active, wide(self.embed.weight.dtype))
-        step = step._replace(watch=watch)
         h, states = self.embed(token if active is None else token.masked_fill(~active, 0)), []
         for block, layer_state in zip(self.blocks(), state.layers, strict=True):
             h, layer_state = block.step(h, layer_state, step)

@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
-import uvicorn
 
 from bmojo_edge.engine import LM
 from bmojo_edge.server import static
 from bmojo_edge.server.app import Limits, build
+from bmojo_edge.server.run import Server
 
 LIMITS = Limits(slots=40, max_running=4, max_prompt=4_000, max_tokens=3_000)
 
@@ -50,9 +50,9 @@ class Scripted:
         chosen = mx.array([self._ids[place] if 0 <= place < len(self._ids) else self._ids[-1] for place in places])
         return logits + 1e4 * (mx.arange(logits.shape[-1]) == chosen[:, None]), state
 
-    def decode_with_attention(self, token: Any, state: Any) -> Any:
-        time.sleep(self._pause)
-        return self._lm.decode_with_attention(token, state)
+    def prefill_with_attention(self, tokens: Any, state: Any) -> Any:
+        time.sleep(self._pause * tokens.shape[1])
+        return self._lm.prefill_with_attention(tokens, state)
 
 
 class Served:
@@ -71,8 +71,7 @@ class Served:
     def start(self) -> None:
         model: Any = self._lm
         app = build(model, "tiny", LIMITS, self._key, sessions=self._folder, pages=static.FOLDER)
-        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        self._server = Server(app, 1, log_level="critical")
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._port = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)

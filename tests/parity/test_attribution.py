@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from tests.unit import tokenizer_folders
 
 CASES = ["all", "untied, qk-norm, bias", "no fading", "no sinks", "no ssm", "window of one", "mixed",
          "an ssm in one layer"]  # fmt: skip
+CONFIGS = {
+    **{name: GRID[name] for name in CASES},
+    "more memories than numbers a head": GRID["all"].replace(head_dim=2),
+}
 
 
 def oracle_shares(
@@ -58,25 +63,32 @@ def oracle_shares(
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_shares_are_those_of_the_oracles_softmax(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = GRID[name]
+    config = CONFIGS[name]
     tokens = random_tokens(config, 1, 26)[0]
     ref = oracle_shares(monkeypatch, config, tokens)
     for engine in ENGINES:
         lm: Any = build(engine, config, random_weights(config))
-        state, plain = lm.init_state(), lm.init_state()
-        for i, token in enumerate(tokens):
-            logits, state, shares = lm.decode_with_attention(np.array([token]), state)
-            expected, plain = lm.decode_one_token(np.array([token]), plain)
-            np.testing.assert_array_equal(to_numpy(logits), to_numpy(expected))
-            for layer, (got, want) in enumerate(zip(shares, ref[i], strict=True)):
-                assert set(got) <= set(want) and set(got) <= set(MEMORIES)
-                for memory, share in want.items():  # a memory that is empty may be left out
-                    there = to_numpy(got[memory])[0] if memory in got else np.zeros(config.n_heads)
-                    np.testing.assert_allclose(there, share, atol=2e-5, err_msg=f"{memory}, layer {layer}, token {i}")
-                if got:
-                    np.testing.assert_allclose(sum(to_numpy(x)[0] for x in got.values()), 1, atol=1e-6)
+        for cuts in ([], [1, 2, 3, 9, 10, 17]):
+            state, plain, at = lm.init_state(), lm.init_state(), 0
+            for piece in np.split(tokens, cuts):
+                logits, state, shares = lm.prefill_with_attention(piece[None], state)
+                expected, plain = lm.prefill(piece[None], plain)
+                np.testing.assert_array_equal(to_numpy(logits), to_numpy(expected))
+                for i in range(len(piece)):
+                    compare([{k: to_numpy(x)[0, :, i] for k, x in layer.items()} for layer in shares], ref[at + i])
+                at += len(piece)
+
+
+def compare(shares: Iterable[dict[str, np.ndarray]], ref: list[dict[str, np.ndarray]]) -> None:
+    """One token's shares (h,) by layer and memory; memories that the oracle has not are empty."""
+    for layer, (got, want) in enumerate(zip(shares, ref, strict=True)):
+        assert set(want) <= set(got) <= set(MEMORIES)
+        for memory, share in got.items():
+            np.testing.assert_allclose(share, want.get(memory, 0.0), atol=2e-5, err_msg=f"{memory}, layer {layer}")
+        if got:
+            np.testing.assert_allclose(sum(got.values()), 1, atol=1e-6)
 
 
 def test_the_attention_of_the_last_answer_is_the_oracles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -178,7 +178,8 @@ def test_what_is_kept_is_what_the_memory_holds() -> None:
     torch.manual_seed(0)
     tokens, targets = TASKS["mqar"].make(np.random.default_rng(0), 3, 48, 8)
     found = what_is_kept(Model(config), tokens, targets, 8)
-    for share, rows in zip(found["share"], found["positions"], strict=True):
+    for share, texts in zip(found["share"], found["positions"], strict=True):
+        rows = [[int(p) for p in text.split()] for text in texts]
         assert all(len(row) == SIZES["n_eidetic"] and max(row) < 48 - SIZES["window"] for row in rows)
         held = np.zeros((3, 48), bool)
         for row, positions in enumerate(rows):

@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from bmojo_edge.engine import LM
 from bmojo_edge.generate import stream
 from bmojo_edge.server.app import Limits, build
+from bmojo_edge.server.run import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,9 +54,11 @@ class Served:
 
 
 @contextmanager
-def serving(lm: LM, limits: Limits = LIMITS, api_key: str | None = None, **options: Any) -> Iterator[Served]:
+def serving(
+    lm: LM, limits: Limits = LIMITS, api_key: str | None = None, grace: float = 0.5, **options: Any
+) -> Iterator[Served]:
     app = build(lm, "tiny", limits, api_key, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))
+    server = Server(app, grace, log_level="error")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

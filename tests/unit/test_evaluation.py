@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,17 @@ def test_metrics_are_those_of_the_definition(lm: Scorer, sets: Path) -> None:
     assert evaluation.evaluate(lm, known["pairs"]).metrics["acc"].value == np.mean(hits)
 
 
+def test_examples_drawn_at_random(lm: Scorer, sets: Path) -> None:
+    known = evaluation.tasks_in(sets)
+    everything = evaluation.read(known["quiz"])
+    draw, again = Random(0), Random(0)
+    first, second = (evaluation.read(known["quiz"], 2, draw) for _ in range(2))
+    assert first == again.sample(everything, 2) and second == again.sample(everything, 2)
+    assert sorted(evaluation.read(known["quiz"], 99, draw)) == sorted(everything)
+    with pytest.raises(EvaluationError, match="is one text"):
+        evaluation.evaluate(lm, known["book"], 2, draw=draw)
+
+
 def test_last_words_and_perplexity(lm: Scorer, sets: Path) -> None:
     known = evaluation.tasks_in(sets)
     assert known["lambada"] == known["lambada_openai_test"]
@@ -300,7 +312,10 @@ def test_both_engines_print_the_same(folder: Path, sets: Path) -> None:
         (("--tasks", "quiz", "--data", "nowhere"), 1, "nowhere: no such folder of evaluation sets"),
         (("--tasks", ",", "--data", "SETS"), 2, "--tasks: give one name"),
         (("--tasks", "quiz", "--data", "SETS", "--limit", "0"), 2, "--limit"),
+        (("--tasks", "quiz", "--data", "SETS", "--seed", "0"), 2, "--seed draws --limit N examples"),
+        (("--tasks", "quiz", "--limit", "5", "--seed", "0"), 2, "--seed draws --limit N examples"),
         (("--tasks", "quiz", "--data", "SETS", "--engine", "mlx", "--device", "cuda"), 2, "--device is PyTorch's"),
+        (("--tasks", "quiz", "--data", "SETS", "--engine", "torch", "--device", "warp"), 2, "--device warp: PyTorch"),
     ],
 )
 def test_misuse_is_told_before_a_model_is_loaded(

@@ -195,12 +195,17 @@ def test_storage_is_read_and_without_it_nothing_changes(engine: str, references:
 def test_attention_to_storage_is_told(engine: str, tmp_path: Path) -> None:
     lm, tokens = with_store(engine, WINDOWED, tmp_path / "s"), random_tokens(WINDOWED, 1, T)
     _, state = feed(lm, tokens, lm.init_state(), [])
-    want, want_state = lm.decode_one_token(np.array([3]), state)
-    logits, state, shares = lm.decode_with_attention(np.array([3]), state)
+    more = random_tokens(WINDOWED, 1, 23, seed=5)  # blocks are chosen anew on the way
+    want, want_state = lm.prefill(more, state)
+    logits, state, shares = lm.prefill_with_attention(more, state)
     assert_close(logits, want, BOUND)
-    assert_same(state, want_state)
+    assert_same(
+        state._replace(branch=want_state.branch, seen=want_state.seen), want_state
+    )  # both stored what they read
     for layer in shares:
-        assert 0 < float(np.mean(to_numpy(layer["storage"]))) < 1
+        assert layer["storage"].shape == (1, WINDOWED.n_heads, more.shape[1])
+        assert (layer["storage"] > 0).all()
+        np.testing.assert_allclose(sum(layer.values()), 1, atol=1e-6)
     lm.store.close()
 
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import openai
 import pytest
 
 from bmojo_edge import checkpoint
+from bmojo_edge.config import Config
 from bmojo_edge.engine import LM
 from bmojo_edge.generate import prompt_ids, stream
 from bmojo_edge.server.app import Limits
 from bmojo_edge.tokenizer import Tokenizer
+from tests.helpers import random_weights
 from tests.unit.serving import Served, command, serve, serving, until
 from tests.unit.test_generation_engines import make
 
@@ -140,6 +143,30 @@ def test_conversations_beside_each_other_are_what_they_are_alone(lm: LM) -> None
     assert len(answers) == 4
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}},
+        {"stream": None, "stream_options": None, "stop": None, "n": 1, "logit_bias": {}, "logprobs": None},
+        {"functions": None, "function_call": "auto", "modalities": ["text"], "reasoning_effort": None},
+    ],
+)
+def test_what_changes_nothing_is_taken(served: Served, more: dict[str, Any]) -> None:
+    said = served.post({"model": "tiny", "messages": HELLO, "max_tokens": 5, "temperature": 0, **more})
+    assert said.status_code == 200, said.text
+    assert said.json()["choices"][0]["message"]["content"] == served.alone(HELLO, max_tokens=5)
+
+
+def test_an_answer_comes_back_as_clients_hold_it(served: Served) -> None:
+    create = served.openai.chat.completions.create
+    message = create(model="tiny", messages=HELLO, max_tokens=5, temperature=0).choices[0].message
+    history: list[Any] = [*HELLO, message.model_dump(), {"role": "user", "content": "And?"}]
+    assert "refusal" in history[1]
+    again = create(model="tiny", messages=history, max_tokens=5, temperature=0).choices[0].message
+    plain = [*HELLO, {"role": "assistant", "content": message.content}, history[2]]
+    assert again.content == served.alone(plain, max_tokens=5)
+
+
 # --- what is refused
 
 
@@ -162,7 +189,15 @@ def test_conversations_beside_each_other_are_what_they_are_alone(lm: LM) -> None
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a"] * 17}, 400, "stop"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-        ({"tools": []}, 400, "tools"),
+        ({"tools": []}, 400, "tools: is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools: is not supported"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"surprise": None}, 400, "surprise: is not supported"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: must be a text, or a list"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, 400, "messages.0.role"),
+        ({"stop": [5]}, 400, "stop: must be a text, or a list of at most 16"),
         ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),
         ({"model": "gpt-4"}, 404, "gpt-4"),
         ({"model": "\ud800../../etc"}, 404, "model"),
@@ -173,7 +208,9 @@ def test_bad_requests_are_told_what_is_wrong(served: Served, change: dict[str, A
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 2, **change})
     response = served.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == status
-    assert names in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert names in error["message"]
+    assert error["param"] is None or error["message"].startswith(f"{error['param']}: ")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"[" * 15_000, b'{"model": NaN}', b"\xff\xfe"])
@@ -181,6 +218,13 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
     response = served.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1, 2]], [1.5], [-1], [True], None, {"a": 1}])
+def test_prompts_that_are_none(served: Served, prompt: Any) -> None:
+    error = served.post({"model": "tiny", "prompt": prompt}, "/v1/completions").json()["error"]
+    assert error["message"] == "prompt: must be one text, or the ids of one"
+    assert error["param"] == "prompt"
 
 
 def test_other_paths_and_methods(served: Served) -> None:
@@ -229,6 +273,7 @@ def test_a_key(lm: LM) -> None:
         for key in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer é"}):
             headers = [(name.encode(), value.encode()) for name, value in key.items()]
             assert served.http.get("/v1/models", headers=headers).status_code == 401
+        assert served.http.get("/v1/models", headers={"authorization": "bearer secret"}).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             served.openai.models.list()
         assert served.openai.with_options(api_key="secret").models.list().data[0].id == "tiny"
@@ -313,8 +358,26 @@ def test_a_model_that_fails_is_an_error_and_the_server_goes_on(lm: LM, monkeypat
 
 
 def test_shutting_down_ends_open_answers(endless: LM) -> None:
-    with serving(endless, Limits(slots=1, max_tokens=100_000)) as served, open_stream(served):
+    """A stream tells why it ends, a plain answer is an error; neither connection just breaks off."""
+    with serving(endless, Limits(slots=4, max_tokens=100_000)) as served, ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(lambda: list(served.openai.completions.create(**LONG, stream=True)))
+        plain = pool.submit(lambda: served.openai.completions.create(**LONG))
+        until(lambda: served.health()["running"] == 2)
         served.stop()
+        assert isinstance(plain.exception(), openai.InternalServerError)
+        for failed in (streamed.exception(), plain.exception()):
+            assert isinstance(failed, openai.APIError) and failed.code == "shutting_down"
+
+
+def test_shutting_down_waits_for_answers_that_end_soon(lm: LM) -> None:
+    with serving(lm, grace=20) as served, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(served.alone, "The river", max_tokens=100)
+        answer = pool.submit(
+            served.openai.completions.create, model="tiny", prompt="The river", max_tokens=100, temperature=0
+        )
+        until(lambda: served.health()["running"] == 1 or answer.done())
+        served.stop()
+        assert answer.result().choices[0].text == said.result()
 
 
 # --- the command
@@ -332,13 +395,19 @@ def test_the_command_serves_until_it_is_told_to_end(model_folder: Path) -> None:
         assert child.returncode in (0, -signal.SIGTERM)  # uvicorn ends, then raises the signal it was sent
 
 
-def test_the_command_says_what_it_cannot_do(model_folder: Path) -> None:
-    for arguments, code, says in (
-        (("--api-key", ""), 2, "--api-key"),
-        (("--port", "70000"), 2, "--port"),
-        (("--no-save", "--sessions-dir", "x"), 2, "--sessions-dir"),
-    ):
-        child = serve(str(model_folder), *arguments)
-        _, stderr = child.communicate(timeout=30)
-        assert child.returncode == code
-        assert says in stderr
+def test_the_command_says_what_it_cannot_do(model_folder: Path, tmp_path: Path) -> None:
+    config = Config.preset("tiny", vocab_size=256, layer_types=("attention", "attention"), attention_window=None)
+    checkpoint.save(tmp_path / "growing", config, random_weights(config), model_folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for folder, arguments, code, says in (
+            (model_folder, ("--api-key", ""), 2, "--api-key"),
+            (model_folder, ("--port", "70000"), 2, "--port"),
+            (model_folder, ("--no-save", "--sessions-dir", "x"), 2, "--sessions-dir"),
+            (model_folder, ("--allow-origin", "https://x.org/"), 2, "--allow-origin"),
+            (model_folder, ("--no-save", "--port", str(taken.getsockname()[1])), 1, "in use"),
+            (tmp_path / "growing", ("--no-save",), 2, "full attention"),
+        ):
+            child = serve(str(folder), *arguments)
+            _, stderr = child.communicate(timeout=30)
+            assert child.returncode == code
+            assert says in stderr

@@ -71,4 +71,26 @@ def test_pages_from_elsewhere_change_nothing(served: Served) -> None:
         assert served.http.get("/v1/sessions", headers={**key, "host": host}).status_code == status
     for origin, status in (("https://evil.example", 403), ("null", 403), (served.address, 201)):
         headers = {**key, "origin": origin}
-        assert served.http.post("/v1/sessions", json={}, headers=headers).status_code == status
+        response = served.http.post("/v1/sessions", json={}, headers=headers)
+        assert response.status_code == status
+        assert not any(name.startswith("access-control") for name in response.headers)
+
+
+@pytest.mark.parametrize("origins", [{"https://friend.example", "http://localhost:3000"}, {"*"}])
+def test_pages_that_are_allowed(lm: LM, origins: set[str]) -> None:
+    friend = {"origin": "https://friend.example"}
+    asks = {**friend, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with serving(lm, api_key="key", origins=frozenset(origins)) as served:
+        may = served.http.options("/v1/sessions", headers=asks)  # a browser asks without the key
+        assert may.status_code == 200
+        assert may.headers["access-control-allow-origin"] in ("https://friend.example", "*")
+        assert "POST" in may.headers["access-control-allow-methods"]
+        assert "authorization" in may.headers["access-control-allow-headers"]
+        for headers, status in (({}, 401), ({"authorization": "Bearer key"}, 201)):
+            response = served.http.post("/v1/sessions", json={}, headers={**friend, **headers})
+            assert response.status_code == status
+            assert response.headers["access-control-allow-origin"] in ("https://friend.example", "*")
+        key = {"authorization": "Bearer key", "origin": "https://evil.example"}
+        assert served.http.post("/v1/sessions", json={}, headers=key).status_code == (201 if "*" in origins else 403)
+        refused = served.http.options("/v1/sessions", headers={**asks, "origin": "https://evil.example"})
+        assert ("access-control-allow-origin" in refused.headers) == ("*" in origins)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 
 from bmojo_edge.engine import LM
-from bmojo_edge.inspection import inspect
+from bmojo_edge.inspection import Inspection, inspect, inspecting
 from bmojo_edge.server.app import Limits
 from bmojo_edge.session import Session
+from bmojo_edge.steps import Steps
 from bmojo_edge.tokenizer import Tokenizer
 from tests.unit.serving import Served, serving, until
 from tests.unit.test_generation_engines import make
@@ -195,6 +198,29 @@ def test_what_a_session_remembers(served: Served) -> None:
     assert found.pop("attention") == pytest.approx(expected.pop("attention"), abs=1e-4)
     assert found == expected
     assert get(served, f"/{act(served, '', {}, 201)['id']}/memory")["unknown"]
+
+
+def test_a_question_waits_while_memories_are_looked_into(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.ask("watched", "Hello", max_tokens=3)
+    looking, looked = threading.Event(), threading.Event()
+
+    def slowly(session: Session) -> Steps[Inspection]:
+        looking.set()
+        end = time.monotonic() + 1.5  # longer than anyone waits for an answer to end
+        while time.monotonic() < end:
+            yield
+        looked.set()
+        return (yield from inspecting(session))
+
+    monkeypatch.setattr("bmojo_edge.server.sessions.inspecting", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(served.http.get, "/v1/sessions/watched/memory")
+        assert looking.wait(20)
+        served.ask("another", "Hello", max_tokens=3)  # the model goes on meanwhile
+        assert not looked.is_set()
+        served.ask("watched", "And now?", max_tokens=3)
+        assert looked.is_set()
+        assert found.result().json()["queries"] == 3
 
 
 # --- who may do what, when

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 
 from bmojo_edge.config import Config
-from bmojo_edge.mlx.attribution import attention_shares
 from bmojo_edge.mlx.layers import Projections, linear, merge_heads
 from bmojo_edge.mlx.layout import Layout, Step, put
 from bmojo_edge.mlx.memory import band, slots_seen
@@ -27,6 +26,8 @@ class Attention(Projections):
         x = self.project(u)
         seen = band(state, rotate(x.q, layout.rotary), rotate(x.k, layout.rotary), x.v, layout, 0, self.reach)
         o = memory_attention([seen], None, layout.queries, softmax_scale(self.config))
+        if layout.watch is not None:
+            layout.watch.append({"window": mx.ones(o.shape[:3])})
         slots = self.reach or max(capacity(int(layout.last_position.max()) + 1), state.k.shape[2])
         return self.o_proj(merge_heads(o)), AttentionState(layout.kept(seen.k, slots), layout.kept(seen.v, slots))
 
@@ -35,8 +36,6 @@ class Attention(Projections):
         x = self.project(u)
         state = AttentionState(put(state.k, rotate(x.k, step.rotary), step), put(state.v, x.v, step))
         seen = slots_seen(rotate(x.q, step.rotary), *state, step)
-        if step.watch is not None:
-            step.watch.append(attention_shares({"window": seen}, step.position, softmax_scale(self.config)))
         o = memory_attention_step([seen], step.position, softmax_scale(self.config))
         return self.o_proj(o.reshape(len(u), -1)), state
 

@@ -199,7 +199,7 @@ export class Conversation {
         return await action();
       } catch (error) {
         if (!(error instanceof ApiError) || error.status !== 409) throw error;
-        turn.explain("Waiting: another window uses this conversation, or its memories are being looked into.");
+        turn.explain("Waiting: another window uses this conversation.");
         await pause(250);
         signal.throwIfAborted();
       }

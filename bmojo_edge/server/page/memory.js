@@ -84,9 +84,7 @@ export class MemoryPanel {
     const aborter = (this.#aborter = new AbortController());
     this.#found.setAttribute("aria-busy", "true");
     if (this.#shown !== conversation.id) {
-      this.#say(
-        "Looking… The server computes the last answer again for this, which can take as long as saying it did.",
-      );
+      this.#say("Looking… The server reads the last answer again for this.");
     }
     const begun = performance.now();
     try {

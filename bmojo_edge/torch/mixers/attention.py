@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bmojo_edge.config import Config
 from bmojo_edge.rope import softmax_scale
 from bmojo_edge.state import AttentionState, capacity
-from bmojo_edge.torch.attribution import attention_shares
 from bmojo_edge.torch.layers import Projections, merge_heads
 from bmojo_edge.torch.layout import Layout, Step, overwritten, put, slot_positions
 from bmojo_edge.torch.memory import band
@@ -42,6 +41,8 @@ class Attention(Projections):
         else:
             seen = band(state, q, k, x.v, layout, 0, self.reach)
             o = memory_attention([seen], None, layout.queries(self.config.chunk_size), scale)
+        if layout.watch is not None:
+            layout.watch.append({"window": torch.ones(o.shape[:3], device=o.device)})
         state = self._resized(state, layout)
         held = slot_positions(state.k.shape[2], layout.last_position)
         state = AttentionState(*(overwritten(s, new, held, layout) for s, new in ((state.k, k), (state.v, x.v))))
@@ -56,7 +57,5 @@ class Attention(Projections):
         state = AttentionState(*(put(slots, step.position % n, new, step.active) for slots, new in pairs))
         visible = slot_positions(n, step.position) >= 0
         seen = Slots(rotate(x.q, step.rotary), *state, visible)
-        if step.watch is not None:
-            step.watch.append(attention_shares({"window": seen}, softmax_scale(self.config)))
         o = memory_attention_step([seen], softmax_scale(self.config))
         return self.o_proj(merge_heads(o))[:, 0], state

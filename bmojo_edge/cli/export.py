@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,13 @@ Json = Annotated[
 ]
 
 
+def _require(*packages: str) -> None:
+    """Name an extra by a package of its own, before PyTorch is looked for, which the extra brings."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+
+
 @contextmanager
 def _exporting(model: str, out: Path, json: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Say what is made, how far it is, and in the end what was written and what it took."""
@@ -85,6 +93,7 @@ def onnx(
 
     bmojo-edge chat smollm2-int8
     """
+    _require("onnx", "onnxscript", "onnxruntime")
     from bmojo_convert.to_onnx import to_onnx
 
     with _exporting(model, out, json) as progress:
@@ -117,6 +126,7 @@ def coreml(
 
     bmojo-edge export coreml smollm2-w1024 --out smollm2-int4 --weights int4
     """
+    _require("coremltools")
     from bmojo_convert.to_coreml import to_coreml
 
     with _exporting(model, out, json) as progress:

@@ -329,7 +329,7 @@ def test_a_saved_conversation_goes_on_in_any(exports: dict[str, Path], tmp_path:
         Session.open(tmp_path / "onnx", OnnxModel.load(folder))
 
 
-CHAT = """
+WITHOUT = """
 import sys
 for name in {absent!r}:
     sys.modules[name] = None
@@ -342,7 +342,7 @@ def test_chat_command(exports: dict[str, Path], tmp_path: Path) -> None:
     """What `chat` says of the export is what it says of the model, without PyTorch or MLX; its file goes on."""
 
     def chat(folder: Path, lines: list[str], file: str, *absent: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", CHAT.format(absent=absent), "chat", str(folder), "--temp", "0"]
+        command = [sys.executable, "-c", WITHOUT.format(absent=absent), "chat", str(folder), "--temp", "0"]
         command += ["--max-tokens", "12", "--session", str(tmp_path / file)]
         paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
         lines = [f"{line}\n" for line in lines]
@@ -398,6 +398,17 @@ def test_a_missing_extra_is_named_before_any_work(
     source = exports["mamba"].with_name("mamba")
     run = CliRunner().invoke(app, ["export", "onnx", str(source), "--out", str(tmp_path / "out")])
     assert run.exit_code == 1 and "pip install 'bmojo-edge[onnx]'" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_extra_is_named_where_all_of_it_is_missing(exports: dict[str, Path], tmp_path: Path) -> None:
+    """Not PyTorch's, which the extra brings."""
+    code = WITHOUT.format(absent=("torch", "onnx", "onnxscript", "onnxruntime"))
+    command = [sys.executable, "-c", code, "export", "onnx", str(exports["mamba"].with_name("mamba"))]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command += ["--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
+    assert run.returncode == 1 and "pip install 'bmojo-edge[onnx]'" in run.stderr, run.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -37,7 +37,7 @@ class SelfTest(NamedTuple):
 
 
 class OnnxModel:
-    """An exported model. Logits and states are NumPy arrays; a call leaves the state it was given as it was."""
+    """An exported model. NumPy takes its logits and the arrays of its states; a call leaves its state as it was."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], config: Config, sessions: Mapping[str, Any]) -> None:
         self.folder, self.manifest, self.config = folder, manifest, config

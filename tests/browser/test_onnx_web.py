@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,12 @@ from bmojo_edge.engine import evaluate
 from bmojo_edge.generate import generate, prompt_ids
 from bmojo_edge.onnx_runner import OnnxModel
 from bmojo_edge.tokenizer import Tokenizer
-from tests.absent import absent
 from tests.browser.chromium import chromium
+from tests.browser.onnx_page import served
 from tests.helpers import odd, random_weights
 from tests.unit.tokenizer_folders import byte_level
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore")]  # the exporter's own
-
-APP = Path(__file__).parents[2] / "apps/onnx-web"
-if not (APP / "node_modules").is_dir():
-    absent("the ONNX page", "run `npm install` in apps/onnx-web", expected=False)
 
 GREEDY = """
 const [ids, most, prefill, done] = arguments;
@@ -54,14 +48,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(export: Path) -> Iterator[str]:
-    spec = importlib.util.spec_from_file_location("serve", APP / "serve.py")
-    assert spec is not None and spec.loader is not None
-    serve = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serve)
-    with serve.server(export, 0) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_port}/"
-        found.shutdown()
+    with served(export) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

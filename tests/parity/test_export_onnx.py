@@ -28,11 +28,13 @@ except ModuleNotFoundError as error:
 import bmojo_edge as be
 from bmojo_convert import to_onnx as exporter
 from bmojo_convert.export_folder import ExportError
+from bmojo_convert.to_mlxfn import to_mlxfn
 from bmojo_convert.to_onnx import to_onnx
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.checkpoint import CheckpointError
 from bmojo_edge.cli import app
 from bmojo_edge.config import Config
+from bmojo_edge.mlx.mlxfn_runner import MlxfnModel
 from bmojo_edge.onnx_runner import OnnxModel, self_test
 from bmojo_edge.session import Session, SessionError
 from bmojo_edge.state import State, leaves
@@ -304,10 +306,11 @@ def test_a_conversation_is_that_of_the_model(exports: dict[str, Path]) -> None:
 
 
 def test_a_saved_conversation_goes_on_in_any(exports: dict[str, Path], tmp_path: Path) -> None:
-    """The state is the runtime's own, so a float32 export and both twins read one another's files."""
+    """The state is the runtime's own, so float32 exports and both twins read one another's files."""
     export = exports["bmojo"]
     source = export.with_name("bmojo")
     models = {"mlx": be.load(source), "torch": load_torch(source), "onnx": OnnxModel.load(export, threads=1)}
+    models["mlxfn"] = MlxfnModel.load(to_mlxfn(source, tmp_path / "functions"))
     answers = dict[str, list[Any]]()
     for name, lm in models.items():
         session, answers[name] = Session(lm), []
@@ -316,7 +319,8 @@ def test_a_saved_conversation_goes_on_in_any(exports: dict[str, Path], tmp_path:
         session.save(tmp_path / name)
         for other in models.values():
             answers[name].append(said(Session.open(tmp_path / name, other), TURNS[2], max_tokens=20))
-    assert answers["mlx"] == answers["torch"] == answers["onnx"] and len(set(map(str, answers["mlx"][2:]))) == 1
+    first, *others = answers.values()
+    assert all(other == first for other in others) and len(set(map(str, first[2:]))) == 1
     folder = tmp_path / "int8"
     shutil.copytree(export, folder)
     manifest = json.loads((folder / "manifest.json").read_text())

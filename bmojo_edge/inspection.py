@@ -77,6 +77,11 @@ def inspect(session: Session) -> Inspection:
     return finished(inspecting(session))
 
 
+def kept(session: Session) -> Inspection:
+    """What a session remembers, without the attention: nothing is computed."""
+    return _inspection(session.lm, session.moment, [], 0, "where the last answer looked was not asked for")
+
+
 def inspecting(session: Session) -> Steps[Inspection]:
     """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
@@ -134,7 +139,7 @@ def _mean(shares: Sequence[Shares]) -> Shares:
 def _inspection(lm: LM, now: Moment, attention: Sequence[Shares], queries: int, unknown: str = "") -> Inspection:
     end, texts = now.position, _texts(lm, now)
 
-    def kept(position: int, innovation: float | None) -> Kept:
+    def token(position: int, innovation: float | None) -> Kept:
         return Kept(position, end - 1 - position, now.kept[position], texts[position], innovation)
 
     layers = []
@@ -142,10 +147,10 @@ def _inspection(lm: LM, now: Moment, attention: Sequence[Shares], queries: int, 
         sinks: tuple[Kept, ...] = ()
         eidetic: tuple[Kept, ...] = ()
         if isinstance(state, BMojoState) and state.sinks:
-            sinks = tuple(kept(p, None) for p in range(lm.config.n_sinks) if p in now.kept)
+            sinks = tuple(token(p, None) for p in range(lm.config.n_sinks) if p in now.kept)
         if isinstance(state, BMojoState) and state.eidetic:
             slots = zip(as_numpy(state.eidetic.positions)[0], as_numpy(state.eidetic.scores)[0], strict=True)
-            eidetic = tuple(kept(int(p), float(score)) for p, score in slots if p >= 0)
+            eidetic = tuple(token(int(p), float(score)) for p, score in slots if p >= 0)
         layers.append(Layer(kind, sinks, eidetic, _mean(attention[i : i + 1])))
     overall = _mean(attention)
     return Inspection(end, tuple(layers), overall, queries if overall else 0, unknown)

@@ -34,6 +34,24 @@ def open_model(model: str | None) -> LM:
         return be.load(path)
 
 
+def of_session(path: Path, model: str | None, memory: Path | None) -> tuple[str | None, Path | None]:
+    """Model and store for a saved session: those given, else those it was made with.
+
+    The model is None where it is no longer there. Raises SessionError where the store is not.
+    """
+    from bmojo_edge.session_file import SessionError, origin
+    from bmojo_edge.storage import is_store
+
+    made = origin(path)
+    if model is None and made.model is not None and Path(made.model).is_dir():
+        model = made.model
+    if memory is None and made.store is not None:
+        memory = Path(made.store)
+        if not is_store(memory):
+            raise SessionError(f"{path}: its storage is no longer at {memory}; --memory STORE says where, or a new one")
+    return model, memory
+
+
 def _default_model() -> Path:
     from bmojo_convert.default import NAME, default_model_path, default_source, ensure_default_model
 

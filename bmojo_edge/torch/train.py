@@ -252,7 +252,6 @@ class Trainer:
         restarts = put(rows.restarts) if state is not None and rows.restarts.any() else None
         return self.parallel.module(put(rows.tokens), put(rows.targets), segments, state, restarts)
 
-    @torch.no_grad()
     def _valid_loss(self, stream: Stream) -> float:
         """Mean loss of the first rows of the validation data, each fresh, shared among the processes."""
         count, world = min(self.settings.validation.rows, stream.steps_per_epoch), self.world
@@ -261,7 +260,8 @@ class Trainer:
         for turn in range(turns):
             row = turn * world.size + world.rank
             rows = stream.rows(min(row, count - 1), 0, 1)
-            loss, _ = self._forward(rows, None)
+            with self.parallel.evaluating():
+                loss, _ = self._forward(rows, None)
             if row < count:
                 totals += torch.tensor([float(loss), float((rows.targets != NO_TARGET).sum())], dtype=torch.float64)
         total, targets = world.total(totals).tolist()

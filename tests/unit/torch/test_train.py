@@ -201,9 +201,10 @@ def test_validation_is_the_mean_over_its_rows(root: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one_and_checkpoints_go_both_ways(root: Path, whole: TrainConfig, strategy: str) -> None:
-    """Steps 1 to 4 in two processes, 5 and 6 in one; then 1 and 2 in one and the rest in two."""
+    """Steps 1 to 4 in two processes, 5 and 6 in one; then 1 and 2 in one and the rest in two. Validation is no matter."""
     system: dict[str, Any] = {"strategy": strategy}
-    config = settings(root, f"two-{strategy}", system=system)
+    valid: dict[str, Any] = {"data": {"valid": str(root / "data")}, "validation": {"every": 1, "rows": 3}}
+    config = settings(root, f"two-{strategy}", system=system, **valid)
     finish(start(config, processes=2))
     np.testing.assert_allclose(losses(config), losses(whole), rtol=1e-5)
     got = last_tensors(config)

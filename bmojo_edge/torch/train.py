@@ -74,10 +74,10 @@ def _folder(settings: TrainConfig, resume: bool, world: World) -> Iterator[None]
         if world.leads:
             (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             held.enter_context(_only_user(out))
-            known = out / SETTINGS
-            if known.is_file() and not resume and (out / run_log.FILE).is_file():
+            known, begun = out / SETTINGS, (out / run_log.FILE).is_file()
+            if begun and not resume:
                 fail("out", f"{out} holds a run already: resume it, or choose another folder")
-            if known.is_file() and resume:
+            if begun and known.is_file():
                 _check_same(json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings.to_dict())))
             partial = known.with_suffix(".partial")
             partial.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -72,9 +72,12 @@ def chat(
         raise typer.BadParameter("--transcript stands beside the file of --session")
     sampling = options.chosen(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
     text = read_stdin() if prompt == "-" else prompt
-    saved = session is not None and session.exists() and session.stat().st_size > 0
-    if session is not None and saved:
-        model, memory = of_session(session, model, memory)
+    made = None  # what the file holds already was made with
+    if session is not None and session.exists() and session.stat().st_size > 0:
+        from bmojo_edge.session_file import origin
+
+        made = origin(session)
+        model, memory = of_session(session, made, model, memory)
     with _model(model, memory) as lm:
         from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
         from bmojo_edge.session import Session
@@ -84,15 +87,15 @@ def chat(
             return Session(lm, system)
 
         file = SessionFile(session) if session else None
-        here = Session.open(session, lm) if session and saved else begin()
-        if file is not None and saved:
+        here = Session.open(file.path, lm) if file and made else begin()
+        if file and made:
             if system not in (None, here.system):
                 raise typer.BadParameter(
                     f"--system: {session} has another system message; leave it out or begin a new file"
                 )
             check_replaceable(file.path)
-            resumed(here, file.path)
-        elif file is not None:
+            resumed(here, made)
+        elif file:
             file.save(here)  # where it cannot be written, that shows before the first question
         if text is None:
             Conversation(begin, sampling, here, file, transcript).run()

@@ -77,9 +77,10 @@ def _of_session(path: Path, prompt: str | None, model: str | None, memory: Path 
     from bmojo_edge.session import Session, SessionError
     from bmojo_edge.session_file import origin
 
-    folder, memory = of_session(path, model, memory)
+    made = origin(path)
+    folder, memory = of_session(path, made, model, memory)
     if folder is None:
-        raise SessionError(f"{path}: its model is no longer at {origin(path).model}; say where it is with --model")
+        raise SessionError(f"{path}: its model is no longer at {made.model}; say where it is with --model")
     if memory is None:
         return look(Session.open(path, open_model(folder)))
     lm = opened(memory, folder, keeps=False)

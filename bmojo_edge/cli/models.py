@@ -11,6 +11,7 @@ from bmojo_edge.cli.terminal import console, progress_bar
 
 if TYPE_CHECKING:
     from bmojo_edge.engine import LM
+    from bmojo_edge.session_file import Origin
 
 
 def open_model(model: str | None) -> LM:
@@ -34,15 +35,14 @@ def open_model(model: str | None) -> LM:
         return be.load(path)
 
 
-def of_session(path: Path, model: str | None, memory: Path | None) -> tuple[str | None, Path | None]:
-    """Model and store for a saved session: those given, else those it was made with.
+def of_session(path: Path, made: Origin, model: str | None, memory: Path | None) -> tuple[str | None, Path | None]:
+    """Model and store for a session saved in a file: those given, else those it was made with.
 
     The model is None where it is no longer there. Raises SessionError where the store is not.
     """
-    from bmojo_edge.session_file import SessionError, origin
+    from bmojo_edge.session_file import SessionError
     from bmojo_edge.storage import is_store
 
-    made = origin(path)
     if model is None and made.model is not None and Path(made.model).is_dir():
         model = made.model
     if memory is None and made.store is not None:

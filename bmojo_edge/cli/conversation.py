@@ -179,7 +179,9 @@ class Conversation:
         console.print(escape("\n".join(f"{name:<{width}}{what}" for name, what in COMMANDS.items())))
 
     def _rewind(self, rest: str) -> None:
-        self._session.rewind(int(rest) if rest else 1)
+        if rest and not rest.isdecimal():
+            raise ValueError(f"takes a number of exchanges, got {rest!r}")
+        self._session.rewind(int(rest or 1))
         self._save()
         status(self._session)
 

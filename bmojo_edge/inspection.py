@@ -14,6 +14,7 @@ import numpy as np
 
 from bmojo_edge.engine import LM, evaluate
 from bmojo_edge.moment import Moment, first_moment
+from bmojo_edge.recall import WithStorage
 from bmojo_edge.session import BLOCK, Session, SessionError
 from bmojo_edge.state import MEMORIES, BMojoState
 from bmojo_edge.steps import Steps, finished
@@ -91,6 +92,9 @@ def inspecting(session: Session) -> Steps[Inspection]:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
         return _inspection(lm, now, [], 0, str(error))
+    if isinstance(lm, WithStorage):
+        lm, state = lm.before_answer(ids, state, now.state)
+        ids = ids[-1:]
     for i in range(0, len(ids) - 1, BLOCK):
         logits, state = lm.prefill(np.array([ids[i : min(i + BLOCK, len(ids) - 1)]], np.int32), state)
         evaluate(logits, state)

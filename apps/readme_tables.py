@@ -239,7 +239,7 @@ def peer() -> str:
 
     body = [
         [
-            f"{row['task']}, {row['examples']}",
+            f"{row['task']}, {'first' if row['seed'] is None else 'random'} {row['examples']}",
             scores(row["bmojo-edge"]),
             scores(row["transformers"]),
             ", ".join(map(str, row["alike"].values())),

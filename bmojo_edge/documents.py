@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 TEXT, PDF = (".txt", ".text", ".md", ".markdown", ".rst"), (".pdf",)
@@ -14,13 +15,13 @@ class DocumentError(ValueError):
 def read_document(path: Path) -> str:
     """The text of a document, of a PDF page by page. Raises DocumentError naming the file."""
     if not path.is_file():
-        raise DocumentError(f"{path}: no such file")
+        raise DocumentError(f"{path}: {'is a folder; name the files in it' if path.is_dir() else 'no such file'}")
     ending = path.suffix.lower()
     if ending in PDF:
         text = _pdf(path)
     elif ending in TEXT:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise DocumentError(f"{path}: is not UTF-8 text at byte {error.start}") from None
     else:
@@ -35,12 +36,17 @@ def read_document(path: Path) -> str:
 
 def _pdf(path: Path) -> str:
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError
 
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it tells of every oddity; we tell what matters
     try:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError(f"{path}: is encrypted; remove its password first")
         return "\n\n".join(page.extract_text() for page in reader.pages)
-    except PyPdfError as error:
+    except DependencyError as error:
+        raise DocumentError(f"{path}: is encrypted ({error}); `pip install cryptography` or save it without") from None
+    except DocumentError:
+        raise
+    except Exception as error:  # a reader of damaged files trips over anything
         raise DocumentError(f"{path}: is damaged or no PDF ({error})") from None

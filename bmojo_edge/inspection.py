@@ -14,6 +14,7 @@ import numpy as np
 
 from bmojo_edge.engine import LM, evaluate
 from bmojo_edge.moment import Moment, first_moment
+from bmojo_edge.recall import WithStorage
 from bmojo_edge.session import BLOCK, Session, SessionError
 from bmojo_edge.state import MEMORIES, BMojoState
 from bmojo_edge.steps import Steps, finished
@@ -77,6 +78,11 @@ def inspect(session: Session) -> Inspection:
     return finished(inspecting(session))
 
 
+def kept(session: Session) -> Inspection:
+    """What a session remembers, without the attention: nothing is computed."""
+    return _inspection(session.lm, session.moment, [], 0, "where the last answer looked was not asked for")
+
+
 def inspecting(session: Session) -> Steps[Inspection]:
     """`inspect`, stopping after each piece of work so that the model can do something else in between."""
     lm, now = session.lm, session.moment
@@ -86,6 +92,9 @@ def inspecting(session: Session) -> Steps[Inspection]:
         state, ids, answer = session.last_exchange()
     except SessionError as error:
         return _inspection(lm, now, [], 0, str(error))
+    if isinstance(lm, WithStorage):
+        lm, state = lm.before_answer(ids, state, now.state)
+        ids = ids[-1:]
     for i in range(0, len(ids) - 1, BLOCK):
         logits, state = lm.prefill(np.array([ids[i : min(i + BLOCK, len(ids) - 1)]], np.int32), state)
         evaluate(logits, state)
@@ -134,7 +143,7 @@ def _mean(shares: Sequence[Shares]) -> Shares:
 def _inspection(lm: LM, now: Moment, attention: Sequence[Shares], queries: int, unknown: str = "") -> Inspection:
     end, texts = now.position, _texts(lm, now)
 
-    def kept(position: int, innovation: float | None) -> Kept:
+    def token(position: int, innovation: float | None) -> Kept:
         return Kept(position, end - 1 - position, now.kept[position], texts[position], innovation)
 
     layers = []
@@ -142,10 +151,10 @@ def _inspection(lm: LM, now: Moment, attention: Sequence[Shares], queries: int, 
         sinks: tuple[Kept, ...] = ()
         eidetic: tuple[Kept, ...] = ()
         if isinstance(state, BMojoState) and state.sinks:
-            sinks = tuple(kept(p, None) for p in range(lm.config.n_sinks) if p in now.kept)
+            sinks = tuple(token(p, None) for p in range(lm.config.n_sinks) if p in now.kept)
         if isinstance(state, BMojoState) and state.eidetic:
             slots = zip(as_numpy(state.eidetic.positions)[0], as_numpy(state.eidetic.scores)[0], strict=True)
-            eidetic = tuple(kept(int(p), float(score)) for p, score in slots if p >= 0)
+            eidetic = tuple(token(int(p), float(score)) for p, score in slots if p >= 0)
         layers.append(Layer(kind, sinks, eidetic, _mean(attention[i : i + 1])))
     overall = _mean(attention)
     return Inspection(end, tuple(layers), overall, queries if overall else 0, unknown)

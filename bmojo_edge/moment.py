@@ -35,6 +35,11 @@ class Moment(NamedTuple):
         return int(self.state.position[0]) + len(self.pending)
 
     @property
+    def read(self) -> tuple[int, ...]:
+        """The last `window` ids of the state."""
+        return self.recent[: len(self.recent) - len(self.pending)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the state's arrays."""
         return state_nbytes(self.state)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +15,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_bytes
 
 from bmojo_edge import checkpoint, reference
 from bmojo_edge.config import Config, ConfigError
 from bmojo_edge.quantize import dequantized
+from bmojo_edge.staging import staged_file
 from bmojo_edge.state import GROWTH, State, leaves
-from bmojo_edge.tensors import Tensors, as_numpy
+from bmojo_edge.tensors import Tensors, as_numpy, raw_bytes, write_tensors
 
-FORMAT, VERSION = "bmojo-parity", 1
+FORMAT, VERSION = "bmojo-parity", 2
 SLICE = 4096  # values kept of an array of state or activations
 LOGITS_SLICE = 65_536
 MOST_TOKENS = 4096  # unless more are asked for
@@ -256,20 +254,13 @@ class Record:
     def save(self, path: Path) -> None:
         """Write the file under another name, then rename it."""
         about = {"model": self.model, "identity": self.identity, "engine": self.engine, "config": self.config.to_dict()}
-        metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         tensors = {"tokens": self.tokens, "sets": self.sets, "scores": self.scores}
         tensors |= {f"values/{name}": array for name, array in self.values.items()}
-        data = to_bytes({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
+        metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
+        metadata["checksum"] = checksum(metadata["about"], tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with staged_file(path) as file:
+            write_tensors(file, tensors, metadata)
 
     @classmethod
     def open(cls, path: Path) -> Record:
@@ -295,10 +286,20 @@ class Record:
             model, whole, engine = str(about["model"]), str(about["identity"]), dict(about["engine"])
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise ParityError(f"{path}: damaged: what it says of its model cannot be read ({error})") from None
+        if metadata.get("checksum") != checksum(metadata["about"], tensors):
+            raise ParityError(f"{path}: damaged or edited: it does not hold what was recorded")
         head = {name: tensors.pop(name, None) for name in ("tokens", "sets", "scores")}
         _check_shapes(path, config, head)
         values = {name.removeprefix("values/"): array for name, array in tensors.items()}
         return cls(model, whole, config, engine, head["tokens"], head["sets"], head["scores"], values)
+
+
+def checksum(about: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Of a record's description and of names, dtypes, shapes and bytes of its tensors."""
+    whole = hashlib.sha256(about.encode())
+    for name, array in sorted(tensors.items()):
+        whole.update(f"{name} {array.dtype.name} {array.shape}".encode() + raw_bytes(array))
+    return whole.hexdigest()
 
 
 def _check_shapes(path: Path, config: Config, head: Mapping[str, np.ndarray | None]) -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,12 +92,11 @@ def prepare(
         for folder in folders.values():
             folder.mkdir(exist_ok=True)
         first, *others = folders.values()
-        if tokenizer is None:
-            assert settings.train_vocab is not None
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, first)
+        elif settings.train_vocab is not None:
             texts = (piece.text for piece in _read(sources, _reading(settings), "vocabulary", report))
             vocabulary.train(texts, settings.train_vocab, first)
-        else:
-            _copy_tokenizer(tokenizer, first)
         for folder in others:
             copy_tokenizer(first, folder)
         vocab_size = Tokenizer.load(first).vocab_size
@@ -108,20 +108,7 @@ def prepare(
         finally:
             parts.abandon()
         seconds = time.perf_counter() - began
-        described = [source.describe() for source in sources]
-        for part, writer in parts.writers.items():
-            info = {
-                "format": FORMAT,
-                "version": VERSION,
-                "vocab_size": vocab_size,
-                "dtype": token_dtype(vocab_size),
-                "n_tokens": writer.n_tokens,
-                "n_documents": writer.n_documents,
-                "tokenizer_files": sorted(p.name for p in writer.folder.iterdir() if p.name in _TOKENIZER),
-                "sources": described,
-                "settings": {"part": part or None, **asdict(settings)},
-            }
-            write_text(writer.folder / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        _describe(parts, vocab_size, [source.describe() for source in sources], settings)
     return Prepared(
         {part: out / part for part in folders},
         {part: writer.n_tokens for part, writer in parts.writers.items()},
@@ -133,6 +120,23 @@ def prepare(
         passed,
         seconds,
     )
+
+
+def _describe(parts: _Parts, vocab_size: int, sources: list[dict[str, Any]], settings: Settings) -> None:
+    """Write the dataset.json of each part."""
+    for part, writer in parts.writers.items():
+        info = {
+            "format": FORMAT,
+            "version": VERSION,
+            "vocab_size": vocab_size,
+            "dtype": token_dtype(vocab_size),
+            "n_tokens": writer.n_tokens,
+            "n_documents": writer.n_documents,
+            "tokenizer_files": sorted(p.name for p in writer.folder.iterdir() if p.name in _TOKENIZER),
+            "sources": sources,
+            "settings": {"part": part or None, **asdict(settings)},
+        }
+        write_text(writer.folder / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

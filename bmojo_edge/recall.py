@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -125,8 +126,12 @@ class WithStorage:
 
     def init_state(self, batch: int = 1, offset: int = 0) -> RecallState:
         """A fresh state; it will see what the store holds now, and what it stores itself."""
-        state, c, s = self.lm.init_state(batch, offset), self.config, self.store.shape
-        layers, n = list(state.layers), self.top_k * s.block
+        return self.around(self.lm.init_state(batch, offset))
+
+    def around(self, state: State, ids: Sequence[int] = ()) -> RecallState:
+        """A state of the model alone as one that goes on with this store; ids: the last it has read, of every row."""
+        c, s, position = self.config, self.store.shape, as_numpy(state.position)
+        layers, n, batch = list(state.layers), self.top_k * s.block, len(position)
         like = layers[s.router].window.k
         for i in s.layers:
             slots = np.zeros((batch, s.kv_heads, n, s.head_dim), _dtype(c))
@@ -136,10 +141,12 @@ class WithStorage:
         last = np.zeros((batch, self.queries, c.n_heads * c.d_head), np.float32)
         queries = as_engine(last, like)
         layers[s.router] = layers[s.router]._replace(queries=queries)
-        rows = np.zeros(batch, np.int64)
+        rows, recent = np.zeros(batch, np.int64), np.zeros((batch, s.block), np.int64)
+        if ids:
+            recent[:, -min(len(ids), s.block) :] = ids[-s.block :]
         return RecallState(
-            tuple(layers), state.position, state.offset, rows + self.every, rows, rows, rows + self.store.next_id,
-            np.zeros((batch, s.block), np.int64), queries, rows,
+            tuple(layers), state.position, state.offset, rows + self.every, rows + position, rows,
+            rows + self.store.next_id, recent, queries, rows,
         )  # fmt: skip
 
     def forward(self, tokens: Any, state: RecallState) -> tuple[Any, RecallState]:
@@ -180,11 +187,30 @@ class WithStorage:
 
     def prefill_prompt(self, tokens: Any, state: RecallState) -> tuple[Any, RecallState]:
         """`prefill` of a prompt that is to be answered: its end is read with what it asks for."""
-        tokens = np.asarray(tokens)
+        state, tail = self._asked_for(np.asarray(tokens), state)
+        return self.prefill(tail, state)
+
+    def _asked_for(self, tokens: np.ndarray, state: RecallState) -> tuple[RecallState, np.ndarray]:
+        """The state after all but the end of a prompt (b, t), with what its end asks for; and that end."""
         head, tail = tokens[:, : -self.queries], tokens[:, -self.queries :]
         if head.shape[1]:
             _, state = self.prefill(head, state)
-        return self.prefill(tail, self.recall(tail, state))
+        return self.recall(tail, state), tail
+
+    def before_answer(
+        self, ids: Sequence[int], state: RecallState, now: RecallState
+    ) -> tuple[WithStorage, RecallState]:
+        """For looking back: the state as it was when all but the last of a prompt's ids had been read, after `state`.
+
+        now: what the conversation has become, by which its own blocks are found. With a model that stores nothing.
+        """
+        model, state = copy(self), state._replace(branch=now.branch)
+        model.keeps = False
+        if len(ids) > 1:
+            state, tail = model._asked_for(np.array([ids], np.int32), state)
+            if tail.shape[1] > 1:
+                _, state = model.prefill(tail[:, :-1], state)
+        return model, state
 
     # --- choosing
 

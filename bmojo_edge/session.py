@@ -278,7 +278,7 @@ class Session:
     def open(cls, path: str | os.PathLike[str], lm: LM, snapshot_bytes: int = 2**29) -> Self:
         """The session in a file, as it was; only the snapshots that were saved can be gone back to.
 
-        Raises SessionError naming file and field where it is damaged or of another model.
+        Raises SessionError naming file and field where it is damaged or of another model, or has a store and `lm` none.
         """
         content, moments = session_file.opened(Path(path), lm)
         session = cls(lm, content["system"], snapshot_bytes)

@@ -64,6 +64,12 @@ def _check_model(path: Path, saved: Mapping[str, Any], lm: LM) -> None:
             raise SessionError(f"{path}: was made with a model of other {part.rstrip('s')}s; {hint}")
 
 
+def _storage(lm: LM) -> dict[str, str] | None:
+    """The store beside a model, None where there is none."""
+    store = getattr(lm, "store", None)
+    return None if store is None else {"id": store.id, "folder": str(store.folder.absolute())}
+
+
 # --- writing
 
 
@@ -80,7 +86,8 @@ def packed(lm: LM, content: Mapping[str, Any], moments: Sequence[Moment]) -> Sav
     for i, moment in enumerate(moments):
         tensors |= {f"{i}.{name}": array for name, array in _arrays(moment, lm.config).items()}
         table.append({"pending": moment.pending, "hash": f"{moment.rolling_hash:016x}", "draws": _hex(moment.draws)})
-    return SavedSession(json.dumps({"model": identity(lm), "moments": table, **content}, ensure_ascii=False), tensors)
+    head = {"model": identity(lm), "storage": _storage(lm), "moments": table, **content}
+    return SavedSession(json.dumps(head, ensure_ascii=False), tensors)
 
 
 def write(path: Path, session: SavedSession) -> None:
@@ -91,14 +98,20 @@ def write(path: Path, session: SavedSession) -> None:
     head = {"format": FORMAT, "version": str(VERSION), "session": body, "crc32": sums}
     head["checksum"] = _checksum(head, shapes)
     head["padding"] = " " * (-len(body.encode()) % _ROUND)
-    _check_replaceable(path)
+    check_replaceable(path)
     with staged_file(path) as file:
         write_tensors(file, tensors, head)
 
 
-def _check_replaceable(path: Path) -> None:
-    """Raise SessionError where `path` is anything but a session, an empty file or nothing."""
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
+def check_replaceable(path: Path) -> None:
+    """Raise SessionError where `path` is anything but a session, an empty file or nothing, or may not be written."""
+    if not path.parent.is_dir():
+        raise SessionError(f"{path}: there is no folder {path.parent}; make it first")
+    if not path.exists():
+        return
+    if path.is_file() and not path.stat().st_mode & 0o222:  # renaming would write over it all the same
+        raise SessionError(f"{path}: is read-only; make it writable, or choose another name")
+    if path.is_file() and not path.stat().st_size:
         return
     try:
         with safe_open(path, framework="numpy") as file:
@@ -112,9 +125,8 @@ def _check_replaceable(path: Path) -> None:
 def _arrays(moment: Moment, config: Config) -> dict[str, np.ndarray]:
     """A moment's tensors: the state's leaves, the recent ids, and the kept ones as rows of positions and ids."""
     found = {f"state.{name}": np.ascontiguousarray(as_numpy(leaf)) for name, leaf in leaves(moment.state)}
-    recent = moment.recent[: len(moment.recent) - len(moment.pending)]
     found["recent"] = np.full(config.window, -1, np.int64)
-    found["recent"][: len(recent)] = recent
+    found["recent"][: len(moment.read)] = moment.read
     slots = config.layer_types.count("bmojo") * config.n_eidetic + config.n_sinks
     found["kept"] = np.full((2, slots), -1, np.int64)
     found["kept"][:, : len(moment.kept)] = [list(moment.kept.keys()), list(moment.kept.values())]
@@ -138,6 +150,8 @@ def _checksum(head: Mapping[str, str], shapes: Mapping[str, tuple[str, tuple[int
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What a file holds: the JSON and the tensors, all checked. Raises SessionError naming what is wrong with it."""
+    if path.is_dir():
+        raise SessionError(f"{path}: is a folder and no session file")
     try:
         with safe_open(path, framework="numpy") as file:
             head = file.metadata() or {}
@@ -157,20 +171,40 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return json.loads(head["session"]), tensors
 
 
-def model_folder(path: Path) -> str | None:
-    """Where the model of a session was when it was saved."""
-    return read(path)[0]["model"]["folder"]
+class Origin(NamedTuple):
+    """Where the model of a session was when it was saved, and the store beside it, if any."""
+
+    model: str | None
+    store: str | None
+    store_id: str | None
+
+
+def origin(path: Path) -> Origin:
+    """What a session was made with. Raises SessionError as `read` does."""
+    content, _ = read(path)
+    storage = content.get("storage") or {}
+    return Origin(content["model"]["folder"], storage.get("folder"), storage.get("id"))
 
 
 def opened(path: Path, lm: LM) -> tuple[dict[str, Any], list[Moment]]:
     """A session's JSON and its moments in arrays of the model's engine.
 
-    Raises SessionError naming the field or tensor that is damaged, or in which the model is another.
+    Beside another store than its own, or the first one, nothing is recalled yet. Raises SessionError naming the field
+    or tensor that is damaged, or in which the model is another; or the store, where it has one and the model none.
     """
     content, tensors = read(path)
     _check_model(path, content["model"], lm)
-    fresh = lm.init_state()
-    return content, [_moment(path, lm, fresh, i, entry, tensors) for i, entry in enumerate(content["moments"])]
+    former, here = content.get("storage"), _storage(lm)
+    if former and not here:
+        raise SessionError(
+            f"{path}: has storage in {former['folder']}; open it with that store beside the model (--memory STORE)"
+        )
+    storing: Any = lm if here and (former is None or former["id"] != here["id"]) else None
+    fresh = lm.init_state() if storing is None else storing.lm.init_state()
+    moments = [_moment(path, lm, fresh, i, entry, tensors) for i, entry in enumerate(content["moments"])]
+    if storing is not None:
+        moments = [m._replace(state=storing.around(m.state, m.read)) for m in moments]
+    return content, moments
 
 
 def _moment(

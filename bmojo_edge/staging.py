@@ -72,6 +72,9 @@ def staged(target: Path, check_replaceable: Callable[[Path], None]) -> Iterator[
         else:
             folder.rename(target)
         _flush(target.parent)
+    except OSError as error:
+        _name(error, target)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if descriptor is not None:
@@ -86,6 +89,12 @@ def _swap(folder: Path, target: Path, backup: Path) -> None:
         backup.rename(target)
         raise
     shutil.rmtree(backup, ignore_errors=True)
+
+
+def _name(error: OSError, target: Path) -> None:
+    """Let an error say what was being written; that of a full disk names nothing."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(target)
 
 
 def _flush(folder: Path) -> None:
@@ -115,5 +124,8 @@ def staged_file(target: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.replace(path, target)
             _flush(target.parent)
+        except OSError as error:
+            _name(error, target)
+            raise
         finally:
             path.unlink(missing_ok=True)

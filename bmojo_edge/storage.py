@@ -18,7 +18,7 @@ import numpy as np
 from bmojo_edge.allocator import return_large_buffers
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
-from bmojo_edge.storage_files import HEAD, Files, StoreError
+from bmojo_edge.storage_files import HEAD, SOURCES, Files, StoreError
 from bmojo_edge.storage_index import DEVICE_SCAN, SCAN, TILE, Segments, block_scores, relevance, rounded
 from bmojo_edge.storage_writer import Writer
 
@@ -83,7 +83,8 @@ class Store:
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StoreError(f"{folder}: exists already")
+            what = "is a store already" if is_store(folder) else "exists and is no store; choose another name"
+            raise StoreError(f"{folder}: {what}")
         a_block = shape.payload_bytes + shape.entry.itemsize + (1 + INDEX_BYTES) * shape.summary_bytes
         capacity = disk_bytes // a_block
         if capacity < 16:
@@ -105,7 +106,7 @@ class Store:
                 raise StoreError(f"{self.folder}: was made with a model of other {part.rstrip('s')}s; {hint}")
 
     def _read_table(self) -> None:
-        entries, self._damaged = self._files.entries()
+        entries, _ = self._files.entries()
         self._end = len(entries)  # slots from here on were never used
         size = max(self._end, self.capacity)  # all there will be: nothing grows later, and untouched zeros cost nothing
         self._table = {name: np.zeros(size, np.int64) for name in ("id", "branch", "start", "tokens")}
@@ -113,8 +114,8 @@ class Store:
         self._sources: dict[int, dict[str, Any]] = {}
         for line in self._files.read_sources():
             self._sources.setdefault(int(line["branch"]), {}).update(line)
-        gone = [branch for branch, source in self._sources.items() if source.get("removed")]
-        live = (entries["id"] > 0) & ~np.isin(entries["branch"], gone)
+        known = [branch for branch, source in self._sources.items() if not source.get("removed")]
+        live = (entries["id"] > 0) & np.isin(entries["branch"], known)
         for name, column in (*self._table.items(), ("payload", self._crcs)):
             column[: self._end] = np.where(live, entries[name], 0)
         logged = max((source.get("next", 1) for source in self._sources.values()), default=1)
@@ -148,6 +149,11 @@ class Store:
     def __len__(self) -> int:
         """Blocks."""
         return int((self._ids > 0).sum())
+
+    @property
+    def id(self) -> str:
+        """Tells this store from others, wherever it lies; kept by `compacted`."""
+        return self._files.head["id"]
 
     @property
     def nbytes(self) -> int:
@@ -399,6 +405,8 @@ class Store:
         self.flush()
         entries, torn = self._files.entries()
         found = [f"{torn} entries of the table"] if torn else []
+        lost = int(((entries["id"] > 0) & ~np.isin(entries["branch"], list(self._sources))).sum())
+        found += [f"{lost} blocks of sources that {SOURCES} does not name"] if lost else []
         for slot in np.flatnonzero(self._ids > 0):
             try:
                 self._files.read_payload(int(slot), int(self._crcs[slot]))
@@ -415,9 +423,11 @@ class Store:
         The store is closed with it; blocks keep their numbers. The former one stays until the new one is whole.
         """
         self.flush()
+        if others := self._files.strangers():
+            raise StoreError(f"{self.folder}: holds {others[0]}, which is not the store's; move it elsewhere first")
         before, (entries, _) = self.nbytes, self._files.entries()
         with staged(self.folder, lambda _: None) as folder:
-            Files.create(folder, self.shape, self.capacity, self._files.head["model"])
+            Files.create(folder, self.shape, self.capacity, self._files.head["model"], self.id)
             new = Files(folder)
             for _, source in sorted(self._sources.items()):
                 new.log({key: value for key, value in source.items() if key != "tip"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bmojo_edge.staging import staged_file
 from bmojo_edge.storage_blocks import Blocks, Shape
 from bmojo_edge.tensors import raw_bytes
 
-FORMAT, VERSION = "bmojo-edge store", 1
+FORMAT, VERSION = "bmojo-edge store", 2
 BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK = (
     "blocks.bin", "summaries.bin", "entries.bin", "sources.jsonl", "store.json", "lock",
 )  # fmt: skip
@@ -35,10 +36,11 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        read_head(folder)  # a folder that is no store is left as it is
         self._lock = _locked(folder)
         try:
-            self.head = _read_head(folder / HEAD)
-            self.shape = Shape(**{**self.head["shape"], "layers": tuple(self.head["shape"]["layers"])})
+            self.head = read_head(folder)
+            self.shape = _shape(self.head)
             flags = os.O_RDWR | os.O_CREAT
             self._blocks, self._summaries, self._entries, self._sources = (
                 os.open(folder / name, flags, 0o644) for name in (BLOCKS, SUMMARIES, ENTRIES, SOURCES)
@@ -48,12 +50,20 @@ class Files:
             raise
 
     @staticmethod
-    def create(folder: Path, shape: Shape, capacity: int, identity: dict[str, Any]) -> None:
-        """Make the folder of an empty store of at most `capacity` blocks."""
+    def create(folder: Path, shape: Shape, capacity: int, model: dict[str, Any], name: str | None = None) -> None:
+        """Make the folder of an empty store of at most `capacity` blocks; name: its id, a new one where None."""
         folder.mkdir(parents=True, exist_ok=True)
-        head = {"format": FORMAT, "version": VERSION, "shape": shape._asdict(), "capacity": capacity, "model": identity}
+        head = {
+            "format": FORMAT, "version": VERSION, "id": name or secrets.token_hex(8), "shape": shape._asdict(),
+            "capacity": capacity, "model": model,
+        }  # fmt: skip
         with staged_file(folder / HEAD) as file:
             file.write(json.dumps(head, ensure_ascii=False).encode())
+
+    def strangers(self) -> list[str]:
+        """Names in the folder that are not a store's."""
+        own, begins = (BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK), ("index-", f".{HEAD}.tmp-")
+        return sorted(p.name for p in self.folder.iterdir() if p.name not in own and not p.name.startswith(begins))
 
     # --- the table
 
@@ -170,24 +180,36 @@ def _repair(folder: Path) -> str:
     return f"`bmojo-edge memory verify {folder}` tells how much is, `memory compact` leaves it out"
 
 
-def _read_head(path: Path) -> dict[str, Any]:
+def read_head(folder: Path) -> dict[str, Any]:
+    """What `store.json` says. Raises StoreError where there is no store, or not one that is read here."""
+    path = folder / HEAD
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{path.parent}: is not a store: {HEAD} is missing") from None
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f"is not a store: {HEAD} is missing" if folder.is_dir() else "no such store"
+        raise StoreError(f"{folder}: {missing}") from None
     except ValueError as error:
         raise StoreError(f"{path}: is damaged ({error})") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise StoreError(f"{path}: is not a store's")
     if head.get("version") != VERSION:
         raise StoreError(f"{path}: version: is {head.get('version')}, this program reads {VERSION}")
+    for field, kind in (("id", str), ("shape", dict), ("capacity", int), ("model", dict)):
+        if not isinstance(head.get(field), kind):
+            raise StoreError(f"{path}: is damaged: {field} is {head.get(field, 'missing')!r}")
+    _shape(head)
     return head
+
+
+def _shape(head: dict[str, Any]) -> Shape:
+    try:
+        return Shape(**{**head["shape"], "layers": tuple(head["shape"]["layers"])})
+    except (TypeError, KeyError) as error:
+        raise StoreError(f"{HEAD}: is damaged: shape is {head['shape']!r} ({error})") from None
 
 
 def _locked(folder: Path) -> int:
     """The lock of a store as an open descriptor; the kernel frees it when its process ends, however that ends."""
-    if not folder.is_dir():
-        raise StoreError(f"{folder}: no such store")
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,23 +85,26 @@ def throughput(client: httpx.Client, name: str, clients: int, seconds: float) ->
             body = {"model": name, "prompt": f"Story {who}.{n}: once upon a time", "max_tokens": 200, "stream": True}
             with client.stream("POST", "/v1/completions", json={**body, "seed": who}) as response:
                 if response.status_code != 200:
-                    raise SystemExit(response.read().decode())
+                    raise RuntimeError(response.read().decode())
                 for event in events(response):
-                    told[who] += bool(event["choices"])
+                    told[who] += len(event["choices"])
                     if stop.is_set():
                         break
 
-    threads = [threading.Thread(target=one, args=(who,)) for who in range(clients)]
-    for thread in threads:
-        thread.start()
-    while not all(told):
-        time.sleep(0.01)
-    first, start = sum(told), time.perf_counter()
-    time.sleep(seconds)
-    rate = (sum(told) - first) / (time.perf_counter() - start)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(one, who) for who in range(clients)]
+        try:
+            while not all(told):
+                time.sleep(0.01)
+                for failed in (asked for asked in asking if asked.done()):
+                    failed.result()
+            first, start = sum(told), time.perf_counter()
+            time.sleep(seconds)
+            rate = (sum(told) - first) / (time.perf_counter() - start)
+        finally:
+            stop.set()
+    for asked in asking:
+        asked.result()
     while client.get("/health").json()["running"]:
         time.sleep(0.01)
     return rate

@@ -198,6 +198,7 @@ def on_what(lm: Any, args: argparse.Namespace) -> dict[str, str]:
     """What tells rows of different machines apart."""
     return {
         "engine": args.engine, "device": device_name(args.device), "dtype": lm.config.dtype, "commit": report.commit(),
+        "machine": report.machine(),
     }  # fmt: skip
 
 
@@ -317,9 +318,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = [] if not args.out.exists() or args.again else json.loads(args.out.read_text(encoding="utf-8"))["rows"]
     if args.merge:
-        head = json.loads(args.merge[-1].read_text(encoding="utf-8"))
-        if args.out.exists():  # a file is of one model, whatever its folder was called elsewhere
-            head["model"] = json.loads(args.out.read_text(encoding="utf-8"))["model"]
+        first = args.out if args.out.exists() else args.merge[0]  # one model and source; rows say where they ran
+        head = json.loads(first.read_text(encoding="utf-8"))
         rows = merged(args.merge, rows)
         report.write(args.out, rows, (), **{key: head[key] for key in head if key != "rows"})
         draw(rows, args.out.with_suffix(".svg"))

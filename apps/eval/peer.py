@@ -1,6 +1,7 @@
 """A converted model beside transformers on the same examples: do they choose the same answers?
 
     python apps/eval/peer.py MODEL PEER --data SETS                    # PEER: a Hugging Face folder, or a .gguf file
+    python apps/eval/peer.py MODEL PEER --data SETS --seed 0           # of examples drawn at random
     python apps/eval/peer.py MODEL PEER --data SETS --tasks piqa --limit 50 --engine torch
 
 Both compute in float32 on the CPU from the same token ids: MODEL in ragged batches with forked states, PEER text by
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=150)
+    parser.add_argument("--seed", type=int, help="draw the examples at random, as `bmojo-edge eval --seed` does")
     parser.add_argument("--engine", choices=("mlx", "torch"), default="mlx")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -84,12 +87,14 @@ def main() -> None:
         lm = load(given.model, dtype="float32")
     peer = load_peer(given.peer)
     rows = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.is_file() else []
+    draw = None if given.seed is None else Random(given.seed)
     for task in given.tasks.split(","):
-        examples = evaluation.read(evaluation.task_path(given.data, task), given.limit)
+        examples = evaluation.read(evaluation.task_path(given.data, task), given.limit, draw)
         ours = evaluation.scores_of(lm, examples, given.batch)
         theirs = [[peer_score(peer, request(lm, *pair)) for pair in evaluation.pairs(e)] for e in examples]
-        one = {"model": given.peer.name, "engine": given.engine, **row(task, examples, ours, theirs)}
-        rows = [x for x in rows if (x["task"], x["engine"], x["model"]) != (task, given.engine, one["model"])] + [one]
+        case = {"model": given.peer.name, "engine": given.engine, "seed": given.seed}
+        one = {**case, **row(task, examples, ours, theirs)}
+        rows = [x for x in rows if {**x, **case, "task": task} != x] + [one]
         report.write(given.out, rows, ("mlx", "torch", "transformers"), limit=given.limit)
         print(json.dumps(one), flush=True)
 

@@ -11,7 +11,7 @@ import typer
 
 from bmojo_edge.cli import options
 from bmojo_edge.cli.failures import Debug, clear_errors
-from bmojo_edge.cli.models import open_model
+from bmojo_edge.cli.models import of_session, open_model
 from bmojo_edge.cli.terminal import read_stdin
 
 if TYPE_CHECKING:
@@ -73,24 +73,30 @@ def chat(
         raise typer.BadParameter("--transcript stands beside the file of --session")
     sampling = options.chosen(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
     text = read_stdin() if prompt == "-" else prompt
-    saved = session is not None and session.exists() and session.stat().st_size > 0
-    model = _model_of(session) if saved and model is None else model
+    made = None  # what the file holds already was made with
+    if session is not None and session.exists() and session.stat().st_size > 0:
+        from bmojo_edge.session_file import origin
+
+        made = origin(session)
+        model, memory = of_session(session, made, model, memory)
     with _model(model, memory) as lm:
         from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
         from bmojo_edge.session import Session
+        from bmojo_edge.session_file import check_replaceable
 
         def begin() -> Session:
             return Session(lm, system)
 
         file = SessionFile(session) if session else None
-        here = Session.open(session, lm) if session and saved else begin()
-        if saved:
+        here = Session.open(file.path, lm) if file and made else begin()
+        if file and made:
             if system not in (None, here.system):
                 raise typer.BadParameter(
                     f"--system: {session} has another system message; leave it out or begin a new file"
                 )
-            resumed(here)
-        elif file is not None:
+            check_replaceable(file.path)
+            resumed(here, made)
+        elif file:
             file.save(here)  # where it cannot be written, that shows before the first question
         if text is None:
             Conversation(begin, sampling, here, file, transcript).run()
@@ -114,11 +120,3 @@ def _model(model: str | None, memory: Path | None) -> Iterator[LM]:
     lm = opened(memory, model, disk_gb=0.0)
     with lm.store:
         yield lm
-
-
-def _model_of(session: Path | None) -> str | None:
-    """The folder a saved session's model was in, if it is still there."""
-    from bmojo_edge import session_file
-
-    folder = None if session is None else session_file.model_folder(session)
-    return folder if folder is not None and Path(folder).is_dir() else None

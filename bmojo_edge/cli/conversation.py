@@ -21,6 +21,7 @@ from bmojo_edge.cli.terminal import console, size, write
 if TYPE_CHECKING:
     from bmojo_edge.generate import Options
     from bmojo_edge.session import Session
+    from bmojo_edge.session_file import Origin
 
 COMMANDS = {
     "/help": "this list",
@@ -178,7 +179,9 @@ class Conversation:
         console.print(escape("\n".join(f"{name:<{width}}{what}" for name, what in COMMANDS.items())))
 
     def _rewind(self, rest: str) -> None:
-        self._session.rewind(int(rest) if rest else 1)
+        if rest and not rest.isdecimal():
+            raise ValueError(f"takes a number of exchanges, got {rest!r}")
+        self._session.rewind(int(rest or 1))
         self._save()
         status(self._session)
 
@@ -223,12 +226,13 @@ class Conversation:
 
     def _open(self, rest: str) -> None:
         from bmojo_edge.session import Session
+        from bmojo_edge.session_file import origin
 
         if not rest:
             raise ValueError("needs the name of a file")
         self._session = Session.open(rest, self._session.lm)
         self._file, self._put_aside = SessionFile(Path(rest)), []
-        resumed(self._session)
+        resumed(self._session, origin(Path(rest)))
 
     def _memory(self, rest: str) -> None:
         from bmojo_edge.cli.inspect import print_inspection
@@ -256,11 +260,17 @@ def append_transcript(path: Path, session: Session) -> None:
         say_error(f"no transcript: {error}")
 
 
-def resumed(session: Session) -> None:
-    """Where a saved conversation goes on, on stderr."""
+def resumed(session: Session, made: Origin) -> None:
+    """Where a saved conversation goes on, on stderr, and whether it does so with another store."""
     last = session.turns[-1].user if session.turns else ""
     said = f", after {escape(repr(last if len(last) < 60 else last[:57] + '...'))}" if last else ""
     console.print(f"[dim]resumed at position {session.position:,}{said}[/]", soft_wrap=True)
+    store = getattr(session.lm, "store", None)
+    if store is not None and made.store_id not in (None, store.id):
+        here = escape(str(store.folder))
+        console.print(
+            f"[dim]goes on with storage in {here}, without what is in {escape(str(made.store))}[/]", soft_wrap=True
+        )
 
 
 def _complete_commands() -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bmojo_edge.cli.failures import Debug, clear_errors
-from bmojo_edge.cli.models import open_model
+from bmojo_edge.cli.models import of_session, open_model
 from bmojo_edge.cli.terminal import read_stdin
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The session's model; left out: where it was when saved.")
     ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="The session's store; left out: where it was when saved.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help=f"All kept tokens, not the {SHOWN} most surprising.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
     debug: Debug = False,
@@ -46,18 +49,18 @@ def inspect(
 
     bmojo-edge inspect DIR --prompt "The river runs to the sea."
     """
-    found = _of_text(path, prompt, model) if path.is_dir() else _of_session(path, prompt, model)
+    found = _of_text(path, prompt, model, memory) if path.is_dir() else _of_session(path, prompt, model, memory)
     if json:
         print(json_format.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
         print_inspection(found, Console(highlight=False), every)
 
 
-def _of_text(folder: Path, prompt: str | None, model: str | None) -> Inspection:
+def _of_text(folder: Path, prompt: str | None, model: str | None, memory: Path | None) -> Inspection:
     if prompt is None:
         raise typer.BadParameter("a folder is a model: --prompt must give it something to read")
-    if model is not None:
-        raise typer.BadParameter("--model is for a session file; the folder is the model")
+    if model is not None or memory is not None:
+        raise typer.BadParameter("--model and --memory are for a session file; the folder is the model")
     text = read_stdin() if prompt == "-" else prompt
     lm = open_model(str(folder))
     from bmojo_edge.generate import prompt_ids
@@ -66,17 +69,23 @@ def _of_text(folder: Path, prompt: str | None, model: str | None) -> Inspection:
     return inspect_text(lm, prompt_ids(lm, text))
 
 
-def _of_session(path: Path, prompt: str | None, model: str | None) -> Inspection:
+def _of_session(path: Path, prompt: str | None, model: str | None, memory: Path | None) -> Inspection:
     if prompt is not None:
         raise typer.BadParameter("--prompt is for a model folder; a session has read what it has")
-    from bmojo_edge import session_file
+    from bmojo_edge.cli.memory import opened
     from bmojo_edge.inspection import inspect as look
-    from bmojo_edge.session import Session
+    from bmojo_edge.session import Session, SessionError
+    from bmojo_edge.session_file import origin
 
-    folder = model or session_file.model_folder(path)
-    if folder is None or (model is None and not Path(folder).is_dir()):
-        raise session_file.SessionError(f"{path}: its model is no longer at {folder}; say where it is with --model")
-    return look(Session.open(path, open_model(folder)))
+    made = origin(path)
+    folder, memory = of_session(path, made, model, memory)
+    if folder is None:
+        raise SessionError(f"{path}: its model is no longer at {made.model}; say where it is with --model")
+    if memory is None:
+        return look(Session.open(path, open_model(folder)))
+    lm = opened(memory, folder, keeps=False)
+    with lm.store:
+        return look(Session.open(path, lm))
 
 
 def print_inspection(found: Inspection, out: Console, every: bool = False) -> None:

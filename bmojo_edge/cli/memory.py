@@ -30,15 +30,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for s
 
 
 def opened(folder: Path, model: str | None, disk_gb: float | None = None, keeps: bool = True) -> WithStorage:
-    """A model with the store in `folder`, which is made where `disk_gb` says how large it may get."""
+    """A model with the store in `folder`, which is made where `disk_gb` says how large it may get, 0 as by default."""
     from bmojo_edge.recall import WithStorage, shape_for
     from bmojo_edge.session_file import identity
     from bmojo_edge.storage import DISK_BYTES, Store, is_store
+    from bmojo_edge.storage_files import read_head
 
     there = is_store(folder)
-    if not there and disk_gb is None:
-        Store(folder)  # says what is wrong
-    lm: Any = open_model(_model_of(folder) if there and model is None else model)
+    if there and disk_gb:
+        raise typer.BadParameter(f"--disk-gb: {folder} is there already and keeps its size")
+    if there or disk_gb is None:
+        made_by = read_head(folder)["model"].get("folder")
+        if model is None and made_by and Path(made_by).is_dir():
+            model = made_by
+    lm: Any = open_model(model)
     if not hasattr(lm, "window_blocks"):
         raise typer.BadParameter("MODEL: an export has no storage; take the folder it was made from")
     if there:
@@ -47,14 +52,6 @@ def opened(folder: Path, model: str | None, disk_gb: float | None = None, keeps:
         disk_bytes = DISK_BYTES if not disk_gb else int(disk_gb * 10**9)
         store = Store.create(folder, shape_for(lm.config), identity(lm), disk_bytes=disk_bytes)
     return WithStorage(lm, store, keeps=keeps)
-
-
-def _model_of(folder: Path) -> str | None:
-    """The folder of the model that made a store, if it is still there."""
-    from bmojo_edge.storage_files import HEAD
-
-    found = json_format.loads((folder / HEAD).read_text(encoding="utf-8")).get("model", {}).get("folder")
-    return found if found and Path(found).is_dir() else None
 
 
 @app.command("add")
@@ -82,19 +79,27 @@ def add(
     texts = {str(path): read_document(path) for path in files}
     lm = opened(folder, model, disk_gb)
     with lm.store as store, progress_bar() as report:
+        replaced = 0
         for name, text in texts.items():
+            held = len(store) - store.next_id
             former = [source.branch for source in store.sources if source.kind == "file" and source.name == name]
             ids = lm.tokenizer.encode(text)
             lm.add_text(ids, name, lambda done, total, name=name: report(name, done, total))
+            replaced += held - len(store) + store.next_id
             for branch in former:
                 store.remove(branch)
         sources = [source for source in store.sources if source.name in texts]
-        facts = {"store": str(folder), "bytes": store.nbytes, "added": [source._asdict() for source in sources]}
+        facts = {
+            "store": str(folder), "bytes": store.nbytes, "replaced_blocks": replaced,
+            "added": [source._asdict() for source in sources],
+        }  # fmt: skip
     if json:
         print(json_format.dumps(facts, indent=2, ensure_ascii=False))
     else:
         tokens = sum(source.tokens for source in sources)
         console.print(f"{len(sources)} file(s), {tokens:,} tokens; the store has {size(facts['bytes'])}.")
+        if replaced:
+            console.print(f"[yellow]The store is full: its {replaced:,} oldest blocks made room.[/]")
 
 
 @app.command("list")

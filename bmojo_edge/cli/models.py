@@ -11,6 +11,7 @@ from bmojo_edge.cli.terminal import console, progress_bar
 
 if TYPE_CHECKING:
     from bmojo_edge.engine import LM
+    from bmojo_edge.session_file import Origin
 
 
 def open_model(model: str | None) -> LM:
@@ -32,6 +33,23 @@ def open_model(model: str | None) -> LM:
 
             return MlxfnModel.load(path)
         return be.load(path)
+
+
+def of_session(path: Path, made: Origin, model: str | None, memory: Path | None) -> tuple[str | None, Path | None]:
+    """Model and store for a session saved in a file: those given, else those it was made with.
+
+    The model is None where it is no longer there. Raises SessionError where the store is not.
+    """
+    from bmojo_edge.session_file import SessionError
+    from bmojo_edge.storage import is_store
+
+    if model is None and made.model is not None and Path(made.model).is_dir():
+        model = made.model
+    if memory is None and made.store is not None:
+        memory = Path(made.store)
+        if not is_store(memory):
+            raise SessionError(f"{path}: its storage is no longer at {memory}; --memory STORE says where, or a new one")
+    return model, memory
 
 
 def _default_model() -> Path:

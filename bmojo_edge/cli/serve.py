@@ -133,8 +133,9 @@ def serve(
         f"answers at a time; sessions are {f'saved in {escape(str(sessions))}' if save else 'not saved'}",
         soft_wrap=True,
     )
-    if not loopback and api_key is None:
-        console.print(f"[bold yellow]warning:[/] anyone who reaches {escape(host)} can use this model; see --api-key")
+    if api_key is None and (not loopback or "*" in (allow_origin or ())):
+        who = "any page in a browser here" if loopback else f"anyone who reaches {escape(host)}"
+        console.print(f"[bold yellow]warning:[/] {who} can use this model; see --api-key")
     server = Server(app, host=host, port=port)
     with suppress(SystemExit, KeyboardInterrupt):  # when it cannot listen, and after Ctrl-C has ended it
         server.run()

@@ -113,7 +113,8 @@ class _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
     def __call__(self, record: Record) -> None:
         self.leads = True
@@ -121,6 +122,8 @@ class _Watch:
             self._begin(record)
         elif "valid_loss" in record:
             self._valid = f"  valid {record['valid_loss']:.4f}"
+            if self._task is None or record["step"] == self._steps:
+                console.print(f"step {record['step']:,}/{self._steps:,}{self._valid}", soft_wrap=True)
         else:
             self._tell(record)
 

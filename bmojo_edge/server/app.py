@@ -120,13 +120,19 @@ async def _vanished(*_: Any) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
+_PROBLEMS = {  # where pydantic's own words say less
+    "extra_forbidden": "is not supported here",
+    "none_required": "is not supported here",
+    "model_attributes_type": "must be an object of JSON, sent with content-type: application/json",
+}
+
+
 async def _invalid(_: Request, error: Any) -> Response:
     found = error.errors()
     fields = [
         "body" if one["type"] == "json_invalid" else ".".join(map(str, one["loc"][1:])) or "body" for one in found
     ]
-    unknown = {"extra_forbidden", "none_required"}
-    problems = ["is not supported here" if one["type"] in unknown else one["msg"] for one in found]
+    problems = [_PROBLEMS.get(one["type"], one["msg"]) for one in found]
     message = "; ".join(f"{field}: {problem}" for field, problem in zip(fields[:4], problems, strict=False))
     return reply(400, answers.error(message, "invalid_request_error", fields[0]))
 

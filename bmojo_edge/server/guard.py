@@ -90,7 +90,7 @@ class Guard:
 
     async def _body(self, receive: Any, headers: Mapping[bytes, bytes]) -> bytes | None:
         """All of it; None where the client has gone."""
-        declared = headers.get(b"content-length", b"0")  # the server before has seen to it that it is a number
+        declared = headers.get(b"content-length", b"0")  # the HTTP server refuses what is no number
         if len(declared) < 20 and int(declared) <= self._max_body:
             try:
                 async with asyncio.timeout(BODY_SECONDS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path
 from fastapi.responses import Response
@@ -54,8 +54,8 @@ def router(service: Service) -> APIRouter:
         return reply(200, await service.perform(lambda: sessions.rewind(id, asked.turns)))
 
     @routes.get("/{id}/memory", responses=responses(200, Memory, 400, 404, 409, 429, 503))
-    async def memory(id: Name) -> Response:
-        found: dict[str, Any] = await service.perform(lambda: sessions.memory(id))
+    async def memory(id: Name, attention: Literal["true", "false"] = "true") -> Response:
+        found: dict[str, Any] = await service.perform(lambda: sessions.memory(id, attention == "true"))
         return reply(200, found)
 
     return routes

@@ -16,7 +16,7 @@ from typing import Any
 
 from bmojo_edge.engine import LM
 from bmojo_edge.generate import Options
-from bmojo_edge.inspection import inspecting
+from bmojo_edge.inspection import inspecting, kept
 from bmojo_edge.server.scheduler import Job, Said, Scheduler
 from bmojo_edge.server.session_folder import SessionFolder
 from bmojo_edge.server.transcript import Told, Transcript
@@ -175,12 +175,12 @@ class Sessions:
             record.note("rewind", turns=turns)
         return self._shown(record)
 
-    def memory(self, name: str) -> Steps[dict[str, Any]]:
-        """What a session remembers, and the memories its last answer was read from."""
+    def memory(self, name: str, attention: bool) -> Steps[dict[str, Any]]:
+        """What a session remembers, and with `attention` the memories its last answer was read from."""
         yield
         with self._using(name) as record:
             session = yield from self._opened(record)
-            found = yield from inspecting(session)
+            found = (yield from inspecting(session)) if attention else kept(session)
         return {**found.as_json(), "bytes": self._slot}
 
     def ask(

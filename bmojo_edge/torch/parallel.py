@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,6 +120,14 @@ class Parallel:
                 yield
         else:
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute without gradients."""
+        with torch.no_grad():
+            yield
+        if isinstance(self.module, FSDPModule):  # the root stays gathered, and the next step would lose its gradient
+            self.module.reshard()
 
     def reduce(self) -> None:
         """Average what the wrappers do not, once a step."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -122,8 +123,12 @@ class RunCheckpoints:
         return content
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors in a checkpoint."""
-        metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
+        """Names and shapes of the tensors in a checkpoint. Raises CheckpointError where they cannot be read."""
+        folder = self.path(step)
+        try:
+            metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder}: damaged ({error}); remove it to go on from the one before it") from None
         return {name: tuple(stored.size) for name, stored in metadata.state_dict_metadata.items()}  # pyright: ignore
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:

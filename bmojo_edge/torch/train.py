@@ -74,10 +74,10 @@ def _folder(settings: TrainConfig, resume: bool, world: World) -> Iterator[None]
         if world.leads:
             (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             held.enter_context(_only_user(out))
-            known = out / SETTINGS
-            if known.is_file() and not resume and (out / run_log.FILE).is_file():
+            known, begun = out / SETTINGS, (out / run_log.FILE).is_file()
+            if begun and not resume:
                 fail("out", f"{out} holds a run already: resume it, or choose another folder")
-            if known.is_file() and resume:
+            if begun and known.is_file():
                 _check_same(json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings.to_dict())))
             partial = known.with_suffix(".partial")
             partial.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -252,7 +252,6 @@ class Trainer:
         restarts = put(rows.restarts) if state is not None and rows.restarts.any() else None
         return self.parallel.module(put(rows.tokens), put(rows.targets), segments, state, restarts)
 
-    @torch.no_grad()
     def _valid_loss(self, stream: Stream) -> float:
         """Mean loss of the first rows of the validation data, each fresh, shared among the processes."""
         count, world = min(self.settings.validation.rows, stream.steps_per_epoch), self.world
@@ -261,7 +260,8 @@ class Trainer:
         for turn in range(turns):
             row = turn * world.size + world.rank
             rows = stream.rows(min(row, count - 1), 0, 1)
-            loss, _ = self._forward(rows, None)
+            with self.parallel.evaluating():
+                loss, _ = self._forward(rows, None)
             if row < count:
                 totals += torch.tensor([float(loss), float((rows.targets != NO_TARGET).sum())], dtype=torch.float64)
         total, targets = world.total(totals).tolist()

@@ -161,7 +161,9 @@ def test_where_looking_is_slow_the_page_asks_first(chat: Page, served: Served) -
     served.says("Hello.")
     chat.ask("And more")
     chat.until(lambda: "Looking took" in chat.text("#memory-found"))
-    assert not chat.all("#memory .layers")
-    chat.click("#memory-found button")
+    looked_at(chat)
+    assert chat.all("#memory .token") and not chat.all("#memory-found .bar")  # what is kept is known at once
+    chat.click("#memory-found section:first-child button")
+    chat.until(lambda: chat.all("#memory-found .bar"))
     looked_at(chat)
     assert told(served, chat)["position"] == int(chat.text("#position").replace(",", ""))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from bmojo_edge import checkpoint, parity
 from bmojo_edge.cli import app
 from bmojo_edge.config import Config
-from bmojo_edge.parity import Oracle, ParityError, Record, borders, default_tokens, pieces, tokens_for
+from bmojo_edge.parity import Oracle, ParityError, Record, borders, checksum, default_tokens, pieces, tokens_for
 from bmojo_edge.parity_check import BOUNDS, check, tie, wrong_sets
 from bmojo_edge.reference_memory import top_positions
 from bmojo_edge.state import State
@@ -269,7 +269,15 @@ def _edited(path: Path, drop: str = "", metadata: Any = (), **tensors: Any) -> N
     with safe_open(path, framework="numpy") as file:
         about = {**file.metadata(), **dict(metadata)}
         held = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
-    save_file({**held, **tensors}, path, about)
+    held |= tensors
+    save_file(held, path, {**about, "checksum": checksum(about["about"], held)})
+
+
+def _flipped(path: Path) -> None:
+    """One bit of the last number."""
+    raw = bytearray(path.read_bytes())
+    raw[-4] ^= 1
+    path.write_bytes(raw)
 
 
 def _resized(path: Path, name: str) -> None:
@@ -279,9 +287,10 @@ def _resized(path: Path, name: str) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated or damaged"),
+    "one bit": (_flipped, "damaged or edited: it does not hold what was recorded"),
     "empty": (lambda path: path.write_bytes(b""), "truncated or damaged"),
     "something else": (lambda path: save_file({"x": np.zeros(2)}, path), "is no parity record"),
-    "a later version": (lambda path: _edited(path, metadata={"version": "2"}), "version 2 of the format"),
+    "a later version": (lambda path: _edited(path, metadata={"version": "3"}), "version 3 of the format"),
     "broken metadata": (lambda path: _edited(path, metadata={"about": "{"}), "says of its model cannot be read"),
     "no tokens": (lambda path: _edited(path, "tokens"), "tokens is missing"),
     "fewer tokens": (lambda path: _edited(path, tokens=np.arange(3)), r"sets is int64 \(2, 9, 5\), expected"),

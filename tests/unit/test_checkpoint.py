@@ -288,6 +288,20 @@ def test_only_abandoned_folders_are_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a[b]"]
 
 
+def test_a_full_disk_says_what_was_being_written(tmp_path: Path) -> None:
+    """The system names no file there, as where a file is read that is missing."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'"), staging.staged_file(tmp_path / "file"):
+        raise OSError(28, "No space left on device")
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/folder'"),
+        staging.staged(tmp_path / "folder", lambda _: None),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="'other'"), staging.staged_file(tmp_path / "file"):
+        raise FileNotFoundError(2, "No such file or directory", "other")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(folder, target_is_directory=True)

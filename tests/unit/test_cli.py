@@ -333,7 +333,13 @@ def test_slash_commands(lm: FakeLM) -> None:
     ]
     result = run("chat", "--max-tokens", "2", stdin="\n".join(lines))
     assert result.exit_code == 0
-    for says in ("/rewind [N]", "between 0 and the 1 there are", "/nothing: no such command", "the 0 there are"):
+    for says in (
+        "/rewind [N]",
+        "between 0 and the 1 there are",
+        "takes a number of exchanges, got 'x'",
+        "/nothing: no such command",
+        "the 0 there are",
+    ):
         assert says in result.stderr
     assert len([call for call in lm.fed if len(call) > 1]) == 2  # "three" was never said
     positions = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("position")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -14,11 +16,13 @@ from bmojo_edge import checkpoint
 from bmojo_edge.cli import app
 from bmojo_edge.config import Config
 from bmojo_edge.documents import DocumentError, read_document
+from bmojo_edge.inspection import inspect
 from bmojo_edge.recall import WithStorage, shape_for
-from bmojo_edge.session_file import identity
+from bmojo_edge.session_file import SessionError, identity
 from bmojo_edge.storage import Store
 from bmojo_edge.tokenizer import Tokenizer
-from tests.helpers import random_weights
+from bmojo_edge.torch import load as load_torch
+from tests.helpers import assert_states_equal, random_weights, to_numpy
 
 
 def write_pdf(path: Path, text: str) -> None:
@@ -139,15 +143,114 @@ def test_removing_what_is_not_there_is_misuse(model: Path, notes: Path, tmp_path
     [
         ("a.docx", b"x", r"\.docx is not read; known are \.txt"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text at byte 0"),
+        ("b.txt", None, "is a folder; name the files in it"),
+        ("c.txt", b"\xef\xbb\xbf", "holds no text"),
         ("a.md", b" \n", "holds no text"),
         ("a.pdf", b"no pdf at all", "is damaged or no PDF"),
     ],
 )
-def test_documents_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_documents_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     pytest.importorskip("pypdf", reason="PDF is read by pypdf")
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(DocumentError, match=f"{name}: .*{message}"):
         read_document(tmp_path / name)
+
+
+def test_a_damaged_pdf_is_named_whatever_its_reader_trips_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pdf(tmp_path / "good.pdf", "Heron island")
+    raw, rng = (tmp_path / "good.pdf").read_bytes(), random.Random(3)
+    errors = 0
+    for _ in range(60):
+        damaged = bytearray(raw)
+        for _ in range(rng.choice([1, 5, 20])):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "a.pdf").write_bytes(damaged)
+        try:
+            read_document(tmp_path / "a.pdf")
+        except DocumentError:
+            errors += 1
+    assert 5 < errors < 55
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_store_says_what_it_let_go_of(model: Path, notes: Path, tmp_path: Path) -> None:
+    small = ("--model", model, "--disk-gb", "0.0002")
+    told = run("memory", "add", tmp_path / "s", notes / "a.txt", *small)
+    assert "The store is full" not in told.stderr
+    (tmp_path / "long.txt").write_text("A long story of boats and herons. " * 200, encoding="utf-8")
+    facts = json.loads(run("memory", "add", tmp_path / "s", tmp_path / "long.txt", "--json").stdout)
+    assert facts["replaced_blocks"] > 0
+    assert "The store is full" in run("memory", "add", tmp_path / "s", tmp_path / "long.txt").stderr
+    assert "--disk-gb" in run("memory", "add", tmp_path / "s", notes / "a.txt", *small, code=2).stderr
+
+
+def test_a_session_is_bound_to_its_store(model: Path, notes: Path, tmp_path: Path) -> None:
+    stores, file = (tmp_path / "one", tmp_path / "two"), tmp_path / "s.bmojo"
+    more = ("--session", file, "--max-tokens", "8", "--prompt", "The heron stands in the reeds. " * 8)
+    run("chat", model, *more)  # no storage yet
+    run("memory", "add", stores[0], notes / "a.txt", "--model", model)
+    assert "goes on with" not in run("chat", "--memory", stores[0], *more).stderr
+    assert "goes on with" not in run("chat", *more).stderr  # its own store, unasked
+
+    with Store(stores[0]) as store:
+        held = store.next_id, store.sources
+    told = json.loads(run("inspect", file, "--json").stdout)
+    assert told["attention"]["storage"] > 0.01
+    assert abs(sum(told["attention"].values()) - 1) < 1e-4
+    with Store(stores[0]) as store:
+        assert (store.next_id, store.sources) == held  # looking stores nothing
+    lm = be.load(model)
+    with pytest.raises(SessionError, match=r"has storage in .*one; open it with that store"):
+        be.Session.open(file, lm)
+
+    assert "one" in run("chat", "--memory", stores[1], *more).stderr.partition("without what is in")[2]
+    with Store(stores[1]) as store:
+        assert [(source.parent, source.branch) for source in store.sources] == [(0, 1)]
+    stores[1].rename(tmp_path / "three")
+    assert "storage is no longer at" in run("chat", *more, code=1).stderr
+    assert "storage is no longer at" in run("inspect", file, code=1).stderr
+    run("inspect", file, "--memory", tmp_path / "three")
+    assert "goes on with" not in run("chat", "--memory", tmp_path / "three", *more).stderr
+
+
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_what_is_looked_at_is_what_the_answer_was_read_from(
+    engine: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm: Any = be.load(model) if engine == "mlx" else load_torch(model)
+    with Store.create(tmp_path / "s", shape_for(lm.config), identity(lm)) as store:
+        remembering = WithStorage(lm, store, every=64)
+        decode, states = remembering.decode_one_token, []
+
+        def recorded(token: Any, state: Any, active: Any = None) -> Any:
+            states.append(state)
+            return decode(token, state, active)
+
+        monkeypatch.setattr(remembering, "decode_one_token", recorded)
+        session = be.Session(remembering)
+        for text in ("one heron " * 30, "two boats " * 40):
+            states.clear()
+            "".join(session.say(text, max_tokens=20, temperature=2.0, seed=1))
+        held, now = store.next_id, session.moment.state
+        found = inspect(session)
+        assert store.next_id == held
+        assert_states_equal(session.moment.state, now)
+
+        before, ids, answer = session.last_exchange()
+        first = remembering.before_answer(ids, before, now)[1]
+        for layer, then in zip(first.layers, states[0].layers, strict=True):
+            assert_states_equal(layer.recalled, then.recalled)  # what the prompt's end asked for
+        shares = [
+            lm.prefill_with_attention(np.array([[token]], np.int32), state.inner)[2]
+            for token, state in zip([ids[-1], *answer[:-1]], [first, *states], strict=True)
+        ]
+        storage = np.mean([[to_numpy(layer["storage"]).mean() for layer in token] for token in shares])
+        assert storage > 0.05
+        assert abs(found.attention["storage"] - storage) < 1e-5
 
 
 def test_a_saved_session_goes_on_with_its_storage(model: Path, tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_other_paths_and_methods(served: Served) -> None:
         "/v1/completions", content=b'{"model": "tiny", "prompt": "x"}', headers={"content-type": "text/plain"}
     )
     assert text.status_code == 400
+    assert "application/json" in text.json()["error"]["message"]
 
 
 def test_a_body_sent_in_pieces_is_counted_too(served: Served) -> None:

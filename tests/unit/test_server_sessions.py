@@ -197,6 +197,12 @@ def test_what_a_session_remembers(served: Served) -> None:
         assert got["attention"] == pytest.approx(want["attention"], abs=1e-4)
     assert found.pop("attention") == pytest.approx(expected.pop("attention"), abs=1e-4)
     assert found == expected
+    whole, quick = get(served, "/remembers/memory"), get(served, "/remembers/memory?attention=false")
+    assert quick.pop("queries") == 0 and quick.pop("attention") == {} and "not asked for" in quick.pop("unknown")
+    for layer, looked in zip(quick["layers"], whole["layers"], strict=True):
+        assert layer == {**looked, "attention": {}}
+    assert quick["position"] == whole["position"] and quick["bytes"] == whole["bytes"]
+    assert served.http.get("/v1/sessions/remembers/memory?attention=perhaps").status_code == 400
     assert get(served, f"/{act(served, '', {}, 201)['id']}/memory")["unknown"]
 
 

@@ -222,7 +222,11 @@ def test_a_file_that_is_none(lm: FakeLM, tmp_path: Path) -> None:
         talked(lm).save(path)
     with pytest.raises(SessionError, match="not replaced"):
         talked(lm).save(tmp_path)
+    with pytest.raises(SessionError, match="is a folder and no session file"):
+        Session.open(tmp_path, lm)
     assert path.read_bytes() == before
+    with pytest.raises(SessionError, match=r"nowhere.a\.bmojo: there is no folder .*nowhere"):
+        talked(lm).save(tmp_path / "nowhere" / "a.bmojo")
     path.write_bytes(b"")  # as a temporary file of the caller's begins
     talked(lm).save(path)
     Session.open(path, lm)
@@ -292,6 +296,18 @@ def test_another_tokenizer_is_refused(lm: FakeLM, tmp_path: Path, request: pytes
 # --- writing
 
 
+def test_a_read_only_file_is_not_written_over(lm: FakeLM, tmp_path: Path) -> None:
+    path = tmp_path / "a.bmojo"
+    talked(lm, 1).save(path)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with pytest.raises(SessionError, match=r"a\.bmojo: is read-only"):
+        talked(lm, 2).save(path)
+    assert path.read_bytes() == before
+    path.chmod(0o644)
+    talked(lm, 2).save(path)
+
+
 def test_a_write_that_fails_leaves_the_former_file(lm: FakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.bmojo"
     talked(lm, 1).save(path)
@@ -316,7 +332,7 @@ def test_a_file_is_plain_safetensors(lm: FakeLM, tmp_path: Path) -> None:
     content = json.loads(head["session"])
     assert content["system"] == "Be brief."
     assert [turn["user"] for turn, _ in content["turns"]] == ["question 0", "question 1"]
-    assert session_file.model_folder(tmp_path / "a.bmojo") == content["model"]["folder"]
+    assert session_file.origin(tmp_path / "a.bmojo") == (content["model"]["folder"], None, None)
 
 
 def trials(folder: Path, tokenizer: Path, n: int) -> dict[str, int]:

@@ -16,9 +16,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule,
 
 from bmojo_edge.config import Config
 from bmojo_edge.engine import LM
+from bmojo_edge.inspection import inspect
+from bmojo_edge.recall import WithStorage, shape_for
 from bmojo_edge.session import Session, SessionError
+from bmojo_edge.session_file import identity
+from bmojo_edge.storage import Store
 from bmojo_edge.tokenizer import Tokenizer
-from tests.helpers import ODD, assert_states_equal, random_weights
+from tests.helpers import ODD, assert_states_equal, odd, random_weights
 from tests.twins import build
 from tests.unit import tokenizer_folders
 from tests.unit.fake_lm import FakeLM
@@ -88,7 +92,10 @@ class Sessions(RuleBasedStateMachine):
         assert session.position == fresh.position
         got, ref = session.moment, fresh.moment
         assert (got.pending, got.recent, got.kept) == (ref.pending, ref.recent, ref.kept)
-        assert_states_equal(got.state, ref.state)
+        self.check_state(got.state, ref.state)
+
+    def check_state(self, got: Any, ref: Any) -> None:
+        assert_states_equal(got, ref)
 
     def snapshots(self, held: Held) -> int:
         """How many exchanges can be taken back one by one; the moment before the first is one of them while kept."""
@@ -175,8 +182,31 @@ class Sessions(RuleBasedStateMachine):
             self.check(self.names_to_values[held.name])
 
 
-def run(steps: int, examples: int, **attributes: Any) -> None:
-    machine = type("Machine", (Sessions,), attributes)
+class Remembering(Sessions):
+    """The same with storage: all begin before the store's first block, so that each sees what it has said itself."""
+
+    lm: Any  # WithStorage
+    blank: Any
+
+    def start(self, budget: int = 10**9) -> Session:
+        session = Session(self.lm, system="s", snapshot_bytes=budget, seed=0, blank=self.blank)
+        return session if self.ahead is None else session.read(self.ahead)
+
+    def check_state(self, got: Any, ref: Any) -> None:
+        """Numbers of branches and blocks are the store's; all that is computed is the same."""
+        assert_states_equal(got._replace(branch=ref.branch, seen=ref.seen), ref)
+
+    @rule(held=Sessions.held)
+    def look(self, held: Held) -> None:
+        """Looking into a session stores nothing and changes nothing."""
+        number, sources = self.lm.store.next_id, self.lm.store.sources
+        inspect(held.session)
+        assert (self.lm.store.next_id, self.lm.store.sources) == (number, sources)
+        self.check(held)
+
+
+def run(steps: int, examples: int, kind: type[Sessions] = Sessions, **attributes: Any) -> None:
+    machine = type("Machine", (kind,), attributes)
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
 
 
@@ -223,3 +253,28 @@ def test_any_interleaving_on_a_twin(tokenizer: Tokenizer, tmp_path: Path, layers
 def test_long_interleavings_on_a_twin(tokenizer: Tokenizer, tmp_path: Path, layers: str, engine: str) -> None:
     lm = model(engine, layers, tokenizer)
     run(20, 15, lm=lm, folder=tmp_path, budgets=(0, 3 * lm.config.state_bytes(), 10**9))
+
+
+# --- with storage
+
+
+def remember(tokenizer: Tokenizer, folder: Path, engine: str, steps: int, examples: int) -> None:
+    config = odd("bmojo", "mamba", "bmojo", vocab_size=tokenizer.vocab_size, window=16, chunk=3)
+    lm = build(engine, config, random_weights(config), tokenizer)
+    with Store.create(folder / "store", shape_for(config, block=4), identity(lm), disk_bytes=10**8) as store:
+        storing = WithStorage(lm, store, top_k=2, every=7, queries=3)
+        budgets = (0, 3 * config.state_bytes(), 10**9)
+        blank = storing.init_state()
+        run(steps, examples, Remembering, lm=storing, folder=folder, budgets=budgets, blank=blank, length=9)
+        assert store.next_id > 100
+
+
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_any_interleaving_with_storage(tokenizer: Tokenizer, tmp_path: Path, engine: str) -> None:
+    remember(tokenizer, tmp_path, engine, 8, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_long_interleavings_with_storage(tokenizer: Tokenizer, tmp_path: Path, engine: str) -> None:
+    remember(tokenizer, tmp_path, engine, 20, 25)

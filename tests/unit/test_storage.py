@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -285,13 +286,56 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"is not a store: store.json is missing"):
         Store(tmp_path)
     Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6).close()
-    with pytest.raises(StoreError, match="exists already"):
+    with pytest.raises(StoreError, match="s: is a store already"):
         Store.create(tmp_path / "s", SHAPE, MODEL)
+    with pytest.raises(StoreError, match="exists and is no store"):
+        Store.create(tmp_path, SHAPE, MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]  # and nothing was left in what is none
     with pytest.raises(StoreError, match="disk_bytes: 100 is less than 16 blocks"):
         Store.create(tmp_path / "t", SHAPE, MODEL, disk_bytes=100)
     (tmp_path / "s" / HEAD).write_text('{"format": "bmojo-edge store", "version": 9}')
-    with pytest.raises(StoreError, match="version: is 9, this program reads 1"):
+    with pytest.raises(StoreError, match="version: is 9, this program reads 2"):
         Store(tmp_path / "s")
+
+
+@pytest.mark.parametrize("field", ["id", "shape", "shape.layers", "shape.block", "capacity", "model"])
+def test_a_damaged_head_is_told_by_field(tmp_path: Path, field: str) -> None:
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6).close()
+    head = json.loads((tmp_path / "s" / HEAD).read_text())
+    *outer, last = field.split(".")
+    del (head[outer[0]] if outer else head)[last]
+    (tmp_path / "s" / HEAD).write_text(json.dumps(head))
+    with pytest.raises(StoreError, match=rf"is damaged: {field.partition('.')[0]} is"):
+        Store(tmp_path / "s")
+
+
+def test_blocks_whose_source_is_lost_are_damage(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 3)
+        kept, _ = fill(store, 2, seed=1)
+        store.flush()
+    lines = (tmp_path / "s" / SOURCES).read_text().splitlines(keepends=True)
+    (tmp_path / "s" / SOURCES).write_text("".join(line for line in lines if json.loads(line)["branch"] == kept))
+    with Store(tmp_path / "s", MODEL) as store:
+        assert len(store) == 2
+        assert {source.branch for source in store.sources} == {kept}
+        assert store.damaged() == [f"3 blocks of sources that {SOURCES} does not name"]
+        store.compacted()
+    with Store(tmp_path / "s", MODEL) as store:
+        assert (len(store), store.damaged()) == (2, [])
+
+
+def test_compacting_keeps_what_is_not_the_stores(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 1)
+        (tmp_path / "s" / "diary.txt").write_text("mine")
+        with pytest.raises(StoreError, match=r"holds diary\.txt, which is not the store's"):
+            store.compacted()
+        (tmp_path / "s" / "diary.txt").rename(tmp_path / "diary.txt")
+        name = store.id
+        store.compacted()
+    with Store(tmp_path / "s", MODEL) as store:
+        assert (store.id, len(store)) == (name, 1)
 
 
 def test_a_full_disk_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

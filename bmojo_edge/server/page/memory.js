@@ -64,34 +64,30 @@ export class MemoryPanel {
 
   /** The conversation has changed, or is another one: looks where that is quick, and else offers to. */
   follow(conversation) {
-    if (!this.open) return;
-    if (this.#took < SLOW || !conversation.saved || conversation.answering) {
-      this.look(conversation);
-      return;
-    }
-    this.#aborter?.abort();
-    this.count(conversation);
-    this.#say(`Looking took ${Math.round(this.#took / 1000)} seconds the last time.`);
-    this.#found.append(h("button", { type: "button", onclick: () => this.look(conversation) }, "Look now"));
+    if (this.open) this.look(conversation, this.#took < SLOW);
   }
 
-  /** Asks the server what this conversation keeps, and shows it. */
-  async look(conversation) {
+  /** Asks the server what this conversation keeps, which is quick, and where its attention went, and shows it. */
+  async look(conversation, attention = true) {
     this.#aborter?.abort();
     this.count(conversation);
     if (!conversation.saved) return this.#say("There is nothing to remember yet.");
     if (conversation.answering) return this.#say("The memories are looked into when the answer is complete.");
     const aborter = (this.#aborter = new AbortController());
     this.#found.setAttribute("aria-busy", "true");
-    if (this.#shown !== conversation.id) {
-      this.#say("Looking… The server reads the last answer again for this.");
-    }
-    const begun = performance.now();
+    const path = `v1/sessions/${conversation.id}/memory`;
+    const ask = (what) => this.#api.call("GET", what, undefined, aborter.signal);
     try {
-      const path = `v1/sessions/${conversation.id}/memory`;
-      this.#draw(await this.#api.call("GET", path, undefined, aborter.signal));
-      this.#shown = conversation.id;
-      this.#took = performance.now() - begun;
+      if (!attention || this.#shown !== conversation.id) {
+        const kept = await ask(`${path}?attention=false`);
+        this.#draw(kept, attention ? [looking()] : this.#offer(conversation));
+        this.#shown = conversation.id;
+      }
+      if (attention) {
+        const begun = performance.now();
+        this.#draw(await ask(path));
+        this.#took = performance.now() - begun;
+      }
     } catch (error) {
       if (error.name !== "AbortError") this.#say(error.message);
     } finally {
@@ -105,13 +101,21 @@ export class MemoryPanel {
     this.#detail.textContent = "";
   }
 
-  #draw(memory) {
+  #offer(conversation) {
+    const said = `Looking took ${Math.round(this.#took / 1000)} seconds the last time.`;
+    const button = h("button", { type: "button", onclick: () => this.look(conversation) }, "Look now");
+    return [h("p", { class: "note" }, said), button];
+  }
+
+  /** Shows what is kept; `instead`: what stands in the place of attention that is not known yet. */
+  #draw(memory, instead = null) {
     const remembering = memory.layers.flatMap((layer, i) => (layer.kind === "bmojo" ? [i] : []));
     if (!remembering.includes(this.#layer)) {
       this.#layer = remembering.find((i) => memory.layers[i].eidetic.length > 0) ?? remembering[0] ?? null;
     }
     const attention = [h("h3", {}, "What the last answer was read from")];
-    if (memory.queries > 0) attention.push(bar(memory.attention, "All layers"), legend(memory.attention));
+    if (instead) attention.push(...instead);
+    else if (memory.queries > 0) attention.push(bar(memory.attention, "All layers"), legend(memory.attention));
     else attention.push(h("p", { class: "note" }, memory.unknown || "There is no answer to tell of."));
     const parts = [h("section", {}, ...attention)];
     if (this.#layer === null) parts.push(h("p", { class: "note" }, "No layer of this model keeps single tokens."));
@@ -138,7 +142,7 @@ export class MemoryPanel {
         },
         h("span", { class: "name" }, `Layer ${i}`),
         h("span", { class: "count" }, kept),
-        bar(layer.attention, `Layer ${i}`),
+        memory.queries > 0 ? bar(layer.attention, `Layer ${i}`) : null,
       );
       return button;
     });
@@ -190,6 +194,10 @@ export class MemoryPanel {
       .replaceChildren(title, ...(none ? [none] : []), ...(sorted.length ? [key, line] : []));
     this.#detail.textContent = "";
   }
+}
+
+function looking() {
+  return h("p", { class: "note" }, "Looking… The server reads the last answer again for this.");
 }
 
 function describe(token, innovation, sink) {

@@ -98,6 +98,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     file.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match=r"step-00000001/.*safetensors: missing or truncated; remove"):
         checkpoints.info(1)
+    file.write_bytes(whole[:9] + b"\xff" + whole[10:])
+    with pytest.raises(CheckpointError, match=r"step-00000001: damaged .*; remove it"):
+        checkpoints.load(1, {"a": torch.zeros(5, 4)})
     file.write_bytes(whole)
     with pytest.raises(CheckpointError, match=r"tensor 'other' is missing"):
         checkpoints.load(1, {"other": torch.zeros(1)})

@@ -201,9 +201,10 @@ def test_validation_is_the_mean_over_its_rows(root: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one_and_checkpoints_go_both_ways(root: Path, whole: TrainConfig, strategy: str) -> None:
-    """Steps 1 to 4 in two processes, 5 and 6 in one; then 1 and 2 in one and the rest in two."""
+    """Steps 1 to 4 in two processes, 5 and 6 in one; then 1 and 2 in one, the rest in two. Validated or not."""
     system: dict[str, Any] = {"strategy": strategy}
-    config = settings(root, f"two-{strategy}", system=system)
+    valid: dict[str, Any] = {"data": {"valid": str(root / "data")}, "validation": {"every": 1, "rows": 3}}
+    config = settings(root, f"two-{strategy}", system=system, **valid)
     finish(start(config, processes=2))
     np.testing.assert_allclose(losses(config), losses(whole), rtol=1e-5)
     got = last_tensors(config)
@@ -374,6 +375,20 @@ def test_errors_are_one_line_and_name_the_field(toml: Path, tmp_path: Path, monk
         assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert command().exit_code == 2 or "CONFIG" in command().output
     assert command("--resume").exit_code == 2
+
+
+def test_a_run_that_failed_before_its_first_step_binds_nobody(toml: Path, tmp_path: Path) -> None:
+    out = ("--set", f"out={tmp_path / 'x'}", "--set", "steps=1")
+    assert command(str(toml), *out, "--set", "data.train=nowhere").exit_code == 1
+    result = command(str(toml), *out, "--resume")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_last_validation_is_told(toml: Path, root: Path, tmp_path: Path) -> None:
+    valid = ("--set", f"data.valid={root / 'data'}", "--set", "validation.rows=2", "--set", "validation.every=1")
+    result = command(str(toml), "--set", f"out={tmp_path / 'x'}", "--set", "steps=2", *valid)
+    told = [record["valid_loss"] for record in run_log.read(tmp_path / "x") if "valid_loss" in record]
+    assert [f"step {i}/2  valid {loss:.4f}" in result.stderr for i, loss in enumerate(told, 1)] == [True, True]
 
 
 def test_two_runs_cannot_share_a_folder(root: Path) -> None:

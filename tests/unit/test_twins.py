@@ -34,7 +34,8 @@ ONLY_TORCH = {
     "layout.py": {"Segments", "segments_of", "growth_of", "overwritten", "last_values", "is_aligned", "fresh_state"},
     # float64 for checking gradients; linear layers are plain functions of their weights.
     "ops.py": {"causal_conv", "SCAN_STEPS", "on_gpu", "Grid", "gated_scan", "why_plain"},
-    "load.py": {"as_tensor"},
+    # PyTorch is told where to put a model.
+    "load.py": {"as_tensor", "check_device"},
     # What layers have in common of storage once a call, for a GPU waits for every call from Python; blocks it scores.
     "recalled.py": {"AT_ONCE", "recalled_columns", "recalled_positions", "shared", "scores_of_blocks"},
 }

@@ -126,7 +126,7 @@ class Parallel:
         """Compute without gradients."""
         with torch.no_grad():
             yield
-        if isinstance(self.module, FSDPModule):  # the root stays gathered, and the next step would lose its gradient
+        if isinstance(self.module, FSDPModule):  # else the root stays gathered, and its next gradient is wrong
             self.module.reshard()
 
     def reduce(self) -> None:

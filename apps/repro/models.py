@@ -15,7 +15,7 @@ from bmojo_edge.state import leaves, spec_bytes, state_spec
 LAYERS = 2
 HEAD_DIM = 32
 ROPE_THETA = 10_000.0
-MAX_STATES = 256  # of a channel, for the GPU's scan
+MAX_STATES = 64  # of a channel: the scan of 256 takes minutes to compile for a GPU
 
 
 def _attention(base: dict[str, Any], window: int | None) -> Config:
@@ -130,7 +130,7 @@ def memory_bytes(config: Config, tokens: int) -> dict[str, int]:
 def matching_state(model: str, budget: int, tokens: int, **sizes: Any) -> dict[str, int]:
     """The least doubling of the SSM's state that remembers `budget` bytes or more: equal memory, in the SSM's favour.
 
-    `d_state` grows to what the kernels take, then `expand`, which adds parameters too.
+    `d_state` grows to MAX_STATES, then `expand`, which adds parameters too.
     """
     d_state, expand = 16, 2
     while memory_bytes(config_of(model, d_state=d_state, expand=expand, **sizes), tokens)["total"] < budget:

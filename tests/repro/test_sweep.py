@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from apps.repro import cells, sweep  # noqa: E402
 from apps.repro.inside import what_is_kept  # noqa: E402
 from apps.repro.ledger import Ledger  # noqa: E402
-from apps.repro.models import MODELS, config_of, matching_state, memory_bytes  # noqa: E402
+from apps.repro.models import MAX_STATES, MODELS, config_of, matching_state, memory_bytes  # noqa: E402
 from apps.repro.tasks import IGNORED, TASKS  # noqa: E402
 from apps.repro.training import Questions, Recipe, Run, _queries, groups, questions, schedule, train_together  # noqa: E402
 from bmojo_edge.torch import Model  # noqa: E402
@@ -97,11 +97,16 @@ def test_memory_is_that_of_the_state() -> None:
 
 def test_equal_memory_favours_the_ssm() -> None:
     budget = memory_bytes(config_of("bmojo", d_state=16, **SIZES), 256)["total"]
-    d_state = matching_state("mamba", budget, 256, **SIZES)["d_state"]
-    assert memory_bytes(config_of("mamba", d_state=d_state, **SIZES), 256)["total"] >= budget
-    assert memory_bytes(config_of("mamba", d_state=d_state // 2, **SIZES), 256)["total"] < budget
-    large = matching_state("mamba", 100 * budget, 256, **SIZES)
-    assert large["d_state"] == 256 and large["expand"] > 2
+    for wanted in (budget // 2, budget, 100 * budget):
+        found = matching_state("mamba", wanted, 256, **SIZES)
+        less = (
+            {**found, "expand": found["expand"] // 2}
+            if found["expand"] > 2
+            else {**found, "d_state": found["d_state"] // 2}
+        )
+        assert found["d_state"] <= MAX_STATES and (found["expand"] == 2 or found["d_state"] == MAX_STATES)
+        assert memory_bytes(config_of("mamba", **found, **SIZES), 256)["total"] >= wanted
+        assert memory_bytes(config_of("mamba", **less, **SIZES), 256)["total"] < wanted
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -27,7 +27,7 @@ class ChunkLayout(Layout):
         self.chunks, self.last_chunk = Chunks((position + (t - config.window))[:, None]), mx.zeros(b, mx.int64)
         self.begun, self.used = mx.zeros(b, mx.bool_), mx.ones((b, 1), mx.bool_)
         self._masks: dict[tuple[int, ...], mx.array] = {}
-        self._columns: dict[tuple[str, int], mx.array | slice] = {}
+        self._columns: dict[tuple[str, int], mx.array | list[slice]] = {}
 
     @property
     def queries(self) -> Queries:
@@ -43,7 +43,7 @@ class ChunkLayout(Layout):
         n = ring.shape[axis]
         if ("joined", n) not in self._columns:
             self._columns["joined", n] = (self.first[:, None] - n + mx.arange(n, dtype=mx.int64)) % n
-        return mx.concatenate([self._taken(ring, ("joined", n), axis), new], axis=axis)
+        return mx.concatenate([*self._taken(ring, ("joined", n), axis), new], axis=axis)
 
     def kept(self, joined: mx.array, slots: int, axis: int = 2) -> mx.array:
         """The ring of so many slots after the call."""
@@ -51,7 +51,8 @@ class ChunkLayout(Layout):
             last = (self.first + (self.t - 1))[:, None]
             age = (last - mx.arange(slots, dtype=mx.int64)) % slots  # of what a slot holds, counted from the last token
             self._columns["kept", slots] = slots + self.t - 1 - age
-        return self._taken(joined, ("kept", slots), axis)
+        (ring,) = self._taken(joined, ("kept", slots), axis)
+        return ring
 
     def opened(self, sinks: int) -> tuple[mx.array, mx.array] | None:
         """As in `Layout`."""

@@ -69,7 +69,7 @@ class Layout:
         self.offset, self._turns = offset, turns
         self._set_chunks(position, config.chunk_size, config.window)
         self._masks: dict[tuple[int, ...], mx.array] = {}
-        self._columns: dict[tuple[str, int], mx.array | slice] = {}
+        self._columns: dict[tuple[str, int], mx.array | list[slice]] = {}
 
     def _set_chunks(self, position: np.ndarray, size: int, window: int) -> None:
         first = self.start // size
@@ -134,7 +134,7 @@ class Layout:
             return new
         if ("joined", n) not in self._columns:
             self._columns["joined", n] = self._index((self.start[:, None] - m + np.arange(m)) % n)
-        return mx.concatenate([self._taken(ring, ("joined", n), axis), new], axis=axis)
+        return mx.concatenate([*self._taken(ring, ("joined", n), axis), new], axis=axis)
 
     def kept(self, joined: mx.array, slots: int, axis: int = 2) -> mx.array:
         """The ring of so many slots after the call: `joined` columns by slot, zeros where nothing was written yet."""
@@ -143,7 +143,8 @@ class Layout:
         held = last - (last - np.arange(slots)) % slots  # (b, slots)
         if ("kept", slots) not in self._columns:
             self._columns["kept", slots] = self._index(np.maximum(held - self.start[:, None] + m, 0))
-        ring = self._taken(joined, ("kept", slots), axis)
+        pieces = self._taken(joined, ("kept", slots), axis)
+        ring = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
         if (held >= 0).all():
             return ring
         shape = [1] * ring.ndim
@@ -151,24 +152,26 @@ class Layout:
         return mx.where(as_mask(held >= 0).reshape(shape), ring, mx.array(0, ring.dtype))
 
     @staticmethod
-    def _index(columns: np.ndarray) -> mx.array | slice:
-        """Columns (b, n) as the cheapest index that selects them: a slice, one list for all rows, a list for each."""
+    def _index(columns: np.ndarray) -> mx.array | list[slice]:
+        """Columns (b, n) as the cheapest index that selects them: slices, one list for all rows, a list for each."""
         if (columns != columns[:1]).any():
             return mx.array(columns)
         row = columns[0]
-        if (np.diff(row) == 1).all():
-            return slice(int(row[0]), int(row[-1]) + 1) if row.size else slice(0)
-        return mx.array(row)
+        runs = np.split(row, np.flatnonzero(np.diff(row) != 1) + 1)
+        if len(runs) > 2:  # a ring from any slot on is two runs
+            return mx.array(row)
+        return [slice(int(run[0]), int(run[-1]) + 1) if run.size else slice(0) for run in runs]
 
-    def _taken(self, x: mx.array, name: tuple[str, int], axis: int) -> mx.array:
+    def _taken(self, x: mx.array, name: tuple[str, int], axis: int) -> list[mx.array]:
+        """The columns of an index, in pieces."""
         index = self._columns[name]
-        if isinstance(index, slice):
-            return x[(slice(None),) * axis + (index,)]
+        if isinstance(index, list):
+            return [x[(slice(None),) * axis + (piece,)] for piece in index]
         if index.ndim == 1:
-            return mx.take(x, index, axis=axis)
+            return [mx.take(x, index, axis=axis)]
         shape = [1] * x.ndim
         shape[0], shape[axis] = index.shape
-        return mx.take_along_axis(x, index.reshape(shape), axis=axis)
+        return [mx.take_along_axis(x, index.reshape(shape), axis=axis)]
 
 
 def layout_of(config: Config, t: int, start: Sequence[int], offset: mx.array, lengths: Sequence[int]) -> Layout:

@@ -39,6 +39,7 @@ import report
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mlx", "numpy", "fastapi", "uvicorn")
 TURNS = {"short": 1, "long": 99}
+PAUSE = 1.0  # seconds before a question, as people make: the turn before is saved meanwhile
 
 
 @contextmanager
@@ -159,6 +160,7 @@ def first_tokens(model: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
         for n in range(rounds):
             for where in ("disk", "memory"):
                 for kind in TURNS if n % 2 else reversed(TURNS):
+                    time.sleep(PAUSE)
                     found = ask(client, name, forks[kind][n], "And what about the number 500?", 8)
                     rows.setdefault((kind, where), []).append(found)
     return [

@@ -210,7 +210,7 @@ def serve() -> str:
         for row in rates
     ]
     firsts = [row for row in found["rows"] if row["kind"] == "first token"]
-    short = {row["from"]: row for row in sorted(firsts, key=lambda row: -row["turn"])}
+    short = {row["from"]: row for row in sorted(firsts, key=lambda row: (-row["turn"], -row["position"]))}
     first = [
         [
             str(row["turn"]),

@@ -4,9 +4,9 @@
     python apps/bench/serve.py --model DIR
 
 Throughput: so many clients stream answers to short prompts one after another; the numbers of clients take turns, and
-beside each stands what the model alone does in a step of such a batch. First token: conversations that have had 1 and
-99 turns are forked, the server is started anew, and each fork is asked once from the disk and once more from memory,
-the short and the long taking turns.
+beside each stands what the model alone does in a step of such a batch. First token: conversations that have had one
+short turn, one that fills the window, and 99 short ones are forked, the server is started anew, and each fork is asked
+once from the disk and once more from memory, the kinds taking turns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import report
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mlx", "numpy", "fastapi", "uvicorn")
-TURNS = {"short": 1, "long": 99}
+TURNS = {"short": 1, "full": 1, "long": 99}  # "full": the first question alone fills the window
 PAUSE = 1.0  # seconds before a question, as people make: the turn before is saved meanwhile
 
 
@@ -143,14 +143,15 @@ def ask(client: httpx.Client, name: str, session: str, text: str, tokens: int) -
     return first, {"read": read, "position": usage["prompt_tokens"]}
 
 
-def first_tokens(model: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Rows of the short and the long conversation, from the disk and from memory."""
+def first_tokens(model: str, folder: Path, rounds: int, window: int) -> list[dict[str, Any]]:
+    """Rows of each conversation, from the disk and from memory."""
     forks: dict[str, list[str]] = {}
     with serving(model, folder) as client:
         name = client.get("/v1/models").json()["data"][0]["id"]
         for kind, turns in TURNS.items():
             for turn in range(turns):
-                ask(client, name, kind, f"Tell me something about the number {turn}.", 8)
+                about = " and ".join(map(str, range(window // 2 if kind == "full" else 1)))
+                ask(client, name, kind, f"Tell me something about the numbers {about} and {turn}.", 8)
             made = [client.post(f"/v1/sessions/{kind}/fork", json={}).json() for _ in range(rounds)]
             forks[kind] = [session["id"] for session in made]
             print(kind, made[0]["position"], "tokens", flush=True)
@@ -159,7 +160,7 @@ def first_tokens(model: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
         ask(client, name, "warm", "Hello", 8)
         for n in range(rounds):
             for where in ("disk", "memory"):
-                for kind in TURNS if n % 2 else reversed(TURNS):
+                for kind in list(TURNS) if n % 2 else reversed(TURNS):
                     time.sleep(PAUSE)
                     found = ask(client, name, forks[kind][n], "And what about the number 500?", 8)
                     rows.setdefault((kind, where), []).append(found)
@@ -191,6 +192,7 @@ def main() -> None:
         args.model = str(ensure_default_model())
     lm = be.load(args.model)
     alone = {count: [step_seconds(lm, count, 12) for _ in range(args.rounds)] for count in args.clients}
+    window = lm.config.window
     del lm
     rates: dict[int, list[float]] = {count: [] for count in args.clients}
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +212,7 @@ def main() -> None:
             }
             for count in args.clients
         ]
-        rows += first_tokens(args.model, Path(folder) / "b", args.forks)
+        rows += first_tokens(args.model, Path(folder) / "b", args.forks, window)
     for row in rows:
         print(row)
     blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "the BLAS in MLX's wheel"

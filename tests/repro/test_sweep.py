@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from apps.repro.tasks import IGNORED, TASKS  # noqa: E402
 from apps.repro.training import Questions, Recipe, Run, _queries, groups, questions, schedule, train_together  # noqa: E402
 from bmojo_edge.torch import Model  # noqa: E402
 
-SIZES = {"vocab_size": 16, "d_model": 32, "window": 8, "n_eidetic": 8}
+SIZES: dict[str, Any] = {"vocab_size": 16, "d_model": 32, "window": 8, "n_eidetic": 8}
 CPU = torch.device("cpu")
 
 

@@ -7,8 +7,8 @@
 
 BOOKS is JSON lines with a "text" each, plain or .xz. Every text is cut to the same number of tokens, the key is never
 in the last window, and keys are spread evenly over the rest. An answer counts if it begins with the five digits.
---cost reads and goes on with one text, with and without storage in turns. Results are written after every case and
-taken up again: a case that is there is not run again (--again: it is). Nothing is timed before a first, short run.
+--cost reads and goes on with one text, with and without storage by short turns. Results are written after every case
+and taken up again: a case that is there is not run again (--again: it is). Nothing is timed before a first, short run.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ CASES = ("8192:50", "32768:20", "131072:5")
 RESULTS = Path(__file__).parent / "results"
 ANSWER_TOKENS = 7
 WARM_UP = 1600  # tokens: more than a window, no multiple of a call
+PART, STEPS = 4096, 16  # tokens of a turn of --cost, read and decoded
 
 
 class Trials(NamedTuple):
@@ -215,40 +216,77 @@ def opened(lm: Any, storage: bool, folder: Path, args: argparse.Namespace) -> It
         yield WithStorage(lm, store, top_k=args.top_k), store
 
 
-def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tokens per second of reading `length` tokens and of going on, with and without storage in turns.
+class Side:
+    """One of two that read the same text by turns: a model, its state and what its parts took, in seconds."""
 
-    Choices are counted in; what the writer has still to do after reading is a number of its own. Storage ends what
-    the other has begun, and begins what it ends: a machine that changes its pace favours neither.
+    def __init__(self, lm: Any, store: Any, batch: int, device: str) -> None:
+        self.lm, self.store, self.device = lm, store, device
+        self.state, self.logits = lm.init_state(batch), None
+        self.read_s: list[float] = []
+        self.flush_s: list[float] = []
+        self.decode_s: list[float] = []
+
+    def read(self, tokens: np.ndarray) -> None:
+        """Take in tokens (b, t); what the writer has still to do then is a number of its own."""
+        start = time.perf_counter()
+        self.logits, self.state = self.lm.prefill(tokens, self.state)
+        wait(self.device)
+        self.read_s.append(time.perf_counter() - start)
+        if self.store is not None:
+            self.store.flush()
+        self.flush_s.append(time.perf_counter() - start - self.read_s[-1])
+
+    def go_on(self, steps: int) -> None:
+        """Decode greedily, as one who samples does: logits come to the host after every token."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            token = as_numpy(self.logits).astype(np.float32).argmax(-1).astype(np.int64)
+            self.logits, self.state = self.lm.decode_one_token(token, self.state)
+        as_numpy(self.logits)
+        self.decode_s.append(time.perf_counter() - start)
+
+
+def cost(lm: Any, text: np.ndarray, length: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Tokens per second of reading `length` tokens and of going on, with and without storage.
+
+    Both read the same text by turns, PART tokens a turn, and then decode by turns; who begins changes with every
+    turn. So a machine that changes its pace favours neither. Choices are counted in.
     """
     tokens = np.resize(text, (args.cost_rows, length))
     for storage in (False, True):
         warm_up(lm, Trials(tokens, [], [], 0), storage, args, args.cost_rows)
-    for storage in (False, True, True, False)[: 2 * args.turns]:
-        with tempfile.TemporaryDirectory() as folder:
-            for lm_used, store in opened(lm, storage, Path(folder) / "store", args):
-                wait(args.device)
-                start = time.perf_counter()
-                logits, state = lm_used.prefill(tokens, lm_used.init_state(len(tokens)))
-                wait(args.device)
-                read = time.perf_counter() - start
-                if store is not None:
-                    store.flush()
-                flushed = time.perf_counter() - start - read
-                token = as_numpy(logits).astype(np.float32).argmax(-1).astype(np.int64)
-                for _ in range(8):
-                    logits, state = lm_used.decode_one_token(token, state)
-                wait(args.device)
-                start = time.perf_counter()
-                for _ in range(args.steps):
-                    logits, state = lm_used.decode_one_token(token, state)
-                    as_numpy(logits)  # as one who samples does
-                going_on = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        for lm_used, store in opened(lm, True, Path(folder) / "store", args):
+            sides = [Side(lm, None, len(tokens), args.device), Side(lm_used, store, len(tokens), args.device)]
+            for turn, first in enumerate(range(0, length, PART)):
+                for side in sides[:: 1 - 2 * (turn % 2)]:
+                    side.read(tokens[:, first : first + PART])
+            for side in sides:
+                side.go_on(8)
+                side.decode_s.clear()
+            for turn in range(args.steps // STEPS):
+                for side in sides[:: 1 - 2 * (turn % 2)]:
+                    side.go_on(STEPS)
+            for side in sides:
                 yield {
-                    "cost_after": length, "rows_at_once": len(tokens), "storage": storage, "steps": args.steps,
-                    "prefill_tok_s": tokens.size / read, "decode_tok_s": args.steps / going_on, "flush_s": flushed,
-                    **on_what(lm, args),
+                    "cost_after": length, "rows_at_once": len(tokens), "storage": side.store is not None,
+                    "steps": STEPS * len(side.decode_s), "prefill_tok_s": tokens.size / sum(side.read_s),
+                    "decode_tok_s": STEPS * len(side.decode_s) / sum(side.decode_s), "flush_s": sum(side.flush_s),
+                    "read_s": [round(s, 4) for s in side.read_s], "decode_s": [round(s, 4) for s in side.decode_s],
+                **on_what(lm, args),
                 }  # fmt: skip
+
+
+def cost_in_words(rows: list[dict[str, Any]]) -> str:
+    """What storage costs, and between what it lies with 95% when turns are drawn anew (a bootstrap)."""
+    rng, said = np.random.default_rng(0), []
+    without, stored = sorted(rows, key=lambda row: row["storage"])
+    for what, name in (("reading", "read_s"), ("decoding", "decode_s")):
+        ours, theirs = np.array(stored[name]), np.array(without[name])
+        drawn = rng.integers(0, len(ours), (10_000, len(ours)))
+        low, high = np.percentile(1 - theirs[drawn].sum(1) / ours[drawn].sum(1), (2.5, 97.5))
+        said.append(f"{what} {1 - theirs.sum() / ours.sum():.1%} ({low:.1%} to {high:.1%})")
+    return f"storage costs after {stored['cost_after']:,} tokens: {', '.join(said)}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -309,7 +347,6 @@ def main() -> None:
     parser.add_argument("--cost", type=int, metavar="TOKENS", help="also measure speed with and without storage")
     parser.add_argument("--cost-rows", type=int, default=1, help="texts at once for --cost")
     parser.add_argument("--steps", type=int, default=600, help="tokens that --cost decodes")
-    parser.add_argument("--turns", type=int, choices=(1, 2), default=2, help="of --cost")
     parser.add_argument("--only", choices=("with", "without"), help="storage")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--no-plot", action="store_true")
@@ -352,9 +389,11 @@ def main() -> None:
             shown = {key: row[key] for key in row if key != "details"}
             print(json.dumps(shown), flush=True)
     if args.cost:
-        for row in cost(lm, text, args.cost, args):
-            keep([row])
-            print(json.dumps(row), flush=True)
+        both = list(cost(lm, text, args.cost, args))
+        keep(both)
+        for row in both:
+            print(json.dumps({key: row[key] for key in row if key not in ("read_s", "decode_s")}))
+        print(cost_in_words(both))
     if not args.no_plot:
         draw(rows, args.out.with_suffix(".svg"))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from apps.repro.cells import EIDETIC, STATE, Row
+from apps.repro.cells import EIDETIC, STATE, WINDOW, Cell, Row
 from apps.repro.sweep import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
@@ -42,7 +42,13 @@ def name_of(row: Row) -> str:
 
 def plain(rows: Iterable[Row]) -> list[Row]:
     """Rows of the comparison itself, without changed options, on fresh examples."""
-    return [row for row in rows if row["fresh"] and not row["options"] and row["ssm_lr"] == 1.0]
+    return [row for row in usual_recipe(rows) if not row["options"] and row["ssm_lr"] == 1.0]
+
+
+def usual_recipe(rows: Iterable[Row]) -> list[Row]:
+    """Rows of models with the usual window, trained on fresh examples for the usual time."""
+    usual = {"fresh": True, "window": WINDOW, "epochs": Cell.epochs}
+    return [row for row in rows if all(row[name] == value for name, value in usual.items())]
 
 
 def usual_slots(rows: Iterable[Row]) -> list[Row]:
@@ -95,17 +101,33 @@ def comparison(found: Found) -> str:
     return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
 
 
+def by_slots(found: Found) -> dict[str, dict[int, float]]:
+    """Accuracy of seed 0 by the number of eidetic slots, the best learning rate of each, by pairs and positions."""
+    rows = [row for row in plain(found["rows"]) if row["model"] == "bmojo" and row["seed"] == 0]
+    rows = [row for row in rows if (row["seq_len"], row["d_model"]) == (256, 64)]
+    groups: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: (-row["pairs"], not row["rotary"])):
+        of = groups[f"{row['pairs']} pairs, {'rotary' if row['rotary'] else 'no'} positions"]
+        of[row["n_eidetic"]] = max(row["accuracy"], of.get(row["n_eidetic"], 0.0))
+    return {name: of for name, of in groups.items() if len(of) > 1}
+
+
 def slots(found: Found) -> str:
-    """Accuracy of seed 0 against the number of eidetic slots, each with the one learning rate that was run."""
-    rows = [row for row in plain(found["rows"]) if row["model"] == "bmojo" and row["pairs"] == 64 and row["seed"] == 0]
-    rates = {row["rotary"]: row["lr"] for row in rows if row["n_eidetic"] != EIDETIC}
-    rows = [row for row in rows if row["lr"] == rates.get(row["rotary"])]
-    body = []
-    for rotary in sorted(rates):
-        of = {row["n_eidetic"]: f"{100 * row['accuracy']:.1f}" for row in rows if row["rotary"] == rotary}
-        name = f"{'rotary' if rotary else 'no'} positions, learning rate {rates[rotary]:.0e}"
-        body.append([name, *(of.get(n, "") for n in SLOTS)])
+    """`by_slots` as a table."""
+    body = [[name, *(f"{100 * of[n]:.1f}" if n in of else "" for n in SLOTS)] for name, of in by_slots(found).items()]
     return _rows(["slots", *map(str, SLOTS)], body)
+
+
+def reach(found: Found) -> str:
+    """How far back B'MOJO-F answers, by its fading length, in the small runs made for this."""
+    rows = [row for row in found["rows"] if row["window"] != WINDOW and "n_fading" in row["options"]]
+    body = []
+    for row in sorted(rows, key=lambda row: row["options"]["n_fading"]):
+        n, shares = row["options"]["n_fading"], {d: right / asked for d, asked, right in row["by_distance"]}
+        cells = [f"{100 * share:.0f}" for _, share in sorted(shares.items())]
+        body.append([str(n), str(2 * (row["window"] + n)), f"{100 * row['accuracy']:.1f}", *cells])
+    distances = sorted(d for d, _, _ in rows[0]["by_distance"]) if rows else []
+    return _rows(["fading", "reach", "accuracy %", *(f"from {d:g}" for d in distances)], body)
 
 
 def repeated(found: Found) -> str:
@@ -122,7 +144,7 @@ def repeated(found: Found) -> str:
 
 def choices(found: Found) -> str:
     """Accuracy when one choice of B'MOJO is changed."""
-    changed = [row for row in found["rows"] if row["fresh"] and (row["options"] or row["ssm_lr"] != 1.0)]
+    changed = [row for row in usual_recipe(found["rows"]) if row["options"] or row["ssm_lr"] != 1.0]
     body = []
     for row in sorted(changed, key=lambda row: -row["accuracy"]):
         what = [f"{name} {json.dumps(value)}" for name, value in row["options"].items()]
@@ -135,24 +157,26 @@ def kept(found: Found) -> str:
     """What the eidetic memory of each layer holds after a row, for seed 0 of every B'MOJO in the comparison."""
     body = []
     best = best_rates(usual_slots(plain(found["rows"])))
-    for row in sorted((rows[0] for rows in best.values()), key=lambda row: (row["pairs"], row["rotary"])):
+    for key in sorted(best, key=lambda key: (key[1], key[3], key[2], key[4])):
+        row = best[key][0]
         for layer, share in enumerate(row.get("kept", {}).get("share", [])):
-            what = f"{row['pairs']} pairs, {name_of(row)}, {row['lr']:.0e}"
+            what = f"{row['seq_len']}, {row['pairs']} pairs, width {row['d_model']}, {name_of(row)}, {row['lr']:.0e}"
             cells = [f"{100 * share[name]:.0f}" if name in share else "" for name in KINDS]
             body.append([what, f"{100 * row['accuracy']:.1f}", str(layer), *cells])
-    header = ["model, learning rate", "accuracy %", "layer", *(f"{name} kept %" for name in KINDS)]
+    header = ["task, model, learning rate", "accuracy %", "layer", *(f"{name} kept %" for name in KINDS)]
     return _rows(header, body)
 
 
 def draw_kept(found: Found, out: Path) -> None:
-    """Which positions the best B'MOJO of the hardest task keeps, a line a test row, a panel a layer."""
+    """Which positions the best B'MOJO keeps at 64 pairs in 256 tokens, a line a test row, a panel a layer."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in plain(found["rows"]) if row.get("kept")]
-    best = max(rows, key=lambda row: (row["pairs"], row["accuracy"]))
+    rows = [row for row in usual_slots(plain(found["rows"])) if row.get("kept")]
+    rows = [row for row in rows if (row["pairs"], row["seq_len"], row["d_model"]) == (64, 256, 64)]
+    best = max(rows, key=lambda row: row["accuracy"])
     layers, columns = best["kept"]["positions"], range(best["seq_len"])
     figure, axes = plt.subplots(len(layers), 1, figsize=(9, 3.2), sharex=True, squeeze=False, layout="constrained")
     for layer, (axis, examples) in enumerate(zip(axes[:, 0], layers, strict=True)):
@@ -182,11 +206,13 @@ def draw_memory(found: Found, out: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     cells = best_rates(usual_slots(plain(found["rows"])))
-    panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[2], key[3]))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
+    panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[3], key[2]))
+    panels = [panel for panel in panels if len({key[4].split()[0] for key in cells if key[:4] == panel}) == len(ORDER)]
+    lines = -(-len(panels) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(10.5, 3.1 * lines), sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for model in ORDER:
             points: dict[float, float] = {}  # the better of with and without positions
             for key, rows in cells.items():
@@ -198,34 +224,57 @@ def draw_memory(found: Found, out: Path) -> None:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set(xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
         axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.04))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(ORDER))
     figure.savefig(out, dpi=140)
     plt.close(figure)
 
 
 def draw_distance(found: Found, out: Path) -> None:
-    """Accuracy against the distance of a key from the question, the best run of each model at 16 and 32 pairs."""
+    """Accuracy against the distance of a key from the question, the best run of each model at 16 and 32 pairs.
+
+    Dashed: SSM, hybrid and B'MOJO-F with B'MOJO's memory.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in plain(found["rows"]) if row.get("by_distance")]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    rows = [row for row in usual_slots(plain(found["rows"])) if row.get("by_distance")]
+    rows = [row for row in rows if (row["seq_len"], row["d_model"]) == (256, 64)]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, pairs in zip(axes, (16, 32), strict=True):
-        for model in ORDER:
-            of = [row for row in rows if row["model"] == model and row["pairs"] == pairs and row["d_model"] == 64]
-            if of:
-                best = max(of, key=lambda row: row["accuracy"])
-                x = [distance for distance, _, _ in best["by_distance"]]
-                axis.plot(
-                    x, [right / asked for _, asked, right in best["by_distance"]], marker=".", label=name_of(best)
-                )
-        axis.axvline(32, color="0.8", linewidth=1)
+        for number, model in enumerate(name for name in ORDER if any(row["model"] == name for row in rows)):
+            for larger, line in ((False, "-"), (True, "--")):
+                of = [row for row in rows if (row["model"], row["pairs"]) == (model, pairs)]
+                of = [row for row in of if (row["d_state"] != STATE) == larger]
+                if of:
+                    best = max(of, key=lambda row: row["accuracy"])
+                    x, asked, right = zip(*best["by_distance"], strict=True)
+                    y = [b / a for a, b in zip(asked, right, strict=True)]
+                    axis.plot(x, y, line, marker=".", color=f"C{number}", label=name_of(best))
+        for reach in (WINDOW, 4 * WINDOW):
+            axis.axvline(reach, color="0.8", linewidth=1)
         axis.set(title=f"{pairs} pairs", xlabel="tokens between key and question")
-        axis.legend(fontsize=7)
-    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.04))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+    figure.savefig(out, dpi=140)
+    plt.close(figure)
+
+
+def draw_slots(found: Found, out: Path) -> None:
+    """Accuracy against the number of eidetic slots."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for number, (name, of) in enumerate(by_slots(found).items()):
+        axis.plot(*zip(*sorted(of.items()), strict=True), marker="o", label=name, color=f"C{number}")
+    axis.set(xlabel="eidetic slots", ylabel="accuracy", ylim=(-0.02, 1.04), xticks=SLOTS)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     figure.savefig(out, dpi=140)
     plt.close(figure)
 
@@ -238,6 +287,7 @@ def tables() -> dict[str, Callable[[], str]]:
         made["choices"] = lambda: choices(found["mqar"])
         made["kept"] = lambda: kept(found["mqar"])
         made["slots"] = lambda: slots(found["mqar"])
+        made["reach"] = lambda: reach(found["mqar"])
         made["repeated"] = lambda: repeated(found["mqar"])
     return made
 
@@ -259,6 +309,7 @@ def main() -> None:
         draw_memory(_read("mqar"), pictures / "recall.png")
         draw_kept(_read("mqar"), pictures / "kept.png")
         draw_distance(_read("mqar"), pictures / "distance.png")
+        draw_slots(_read("mqar"), pictures / "slots.png")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ import torch
 
 from bmojo_edge.torch import Model
 
-BATCH, SHOWN, STEP = 100, 4, 16
+BATCH, SHOWN = 100, 4
 
 
-def by_distance(tokens: np.ndarray, right: np.ndarray, columns: np.ndarray, pairs: int) -> list[list[float]]:
+def by_distance(tokens: np.ndarray, right: np.ndarray, columns: np.ndarray, pairs: int, step: int) -> list[list[float]]:
     """How many questions were asked and answered, by how many tokens their key lies back.
 
-    tokens (n, t); right, columns (n, q). A row [distance, asked, answered] for every `STEP` distances from there on.
+    tokens (n, t); right, columns (n, q). A row [distance, asked, answered] for every `step` distances from there on.
     """
     keys = tokens[:, 0 : 2 * pairs : 2]
     back = columns - 2 * (keys[:, None] == np.take_along_axis(tokens, columns, 1)[..., None]).argmax(-1)
-    bins = back // STEP
-    return [[int(STEP * b), int((bins == b).sum()), int(right[bins == b].sum())] for b in np.unique(bins)]
+    bins = back // step
+    return [[int(step * b), int((bins == b).sum()), int(right[bins == b].sum())] for b in np.unique(bins)]
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def _row(cell: Cell, run: Run) -> Row:
     if cell.task == "mqar":
         tokens, targets, columns = (x.cpu().numpy() for x in run.test)
         right = run.answers(run.test).cpu().numpy() == np.take_along_axis(targets, columns, 1)
-        row["by_distance"] = by_distance(tokens, right, columns, cell.pairs)
+        row["by_distance"] = by_distance(tokens, right, columns, cell.pairs, cell.window // 2)
         row["far_accuracy"] = run.score(examples("far_queries", FAR, FAR_LENGTH, cell.pairs, 3, run.device))
         if cell.model == "bmojo" and cell.n_eidetic:
             row["kept"] = what_is_kept(run.model, tokens, targets, cell.pairs)
@@ -109,9 +109,10 @@ def show(stages: dict[str, list[Cell]], rows: list[Row]) -> None:
 
 def planned(stage: str, rows: Iterable[Row], args: argparse.Namespace) -> list[Cell]:
     """Cells of a stage, as the command line changes them."""
-    size = {"train": args.train, "epochs": args.epochs, "batch": args.batch, "fresh": not args.repeated}
-    like = [row for row in rows if all(row[name] == value for name, value in size.items())]
-    cells = changed(STAGES[stage](like), **size)
+    size = {"train": args.train, "batch": args.batch, "fresh": not args.repeated}
+    like = [row for row in rows if all(row[name] == value for name, value in {**size, "epochs": args.epochs}.items())]
+    longer = lambda cell: cell.epochs * args.epochs // Cell.epochs  # noqa: E731 - a stage may ask for a multiple
+    cells = [other for cell in STAGES[stage](like) for other in changed([cell], **size, epochs=longer(cell))]
     return [cell for cell in cells if cell.model in args.model and (args.d_state or cell.d_state) == cell.d_state]
 
 

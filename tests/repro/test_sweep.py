@@ -1,5 +1,6 @@
 """Models learn what they can, cells are run once, and results outlive the run."""
 
+import argparse
 import json
 import sys
 from itertools import count
@@ -12,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from apps.repro import cells, sweep  # noqa: E402
-from apps.repro.inside import what_is_kept  # noqa: E402
+from apps.repro.inside import by_distance, what_is_kept  # noqa: E402
 from apps.repro.ledger import Ledger  # noqa: E402
 from apps.repro.models import MAX_STATES, MODELS, config_of, matching_state, memory_bytes  # noqa: E402
 from apps.repro.tasks import IGNORED, TASKS  # noqa: E402
@@ -153,12 +154,58 @@ def test_sweep_goes_on_where_it_stopped(
     assert " 2 " in capsys.readouterr().out  # another recipe is another result
 
 
+def as_if_run(planned: list[cells.Cell], **best: Any) -> list[dict[str, Any]]:
+    """Rows of cells, right where a cell has the values of `best` and wrong elsewhere."""
+    right = [all(getattr(cell, name) == value for name, value in best.items()) for cell in planned]
+    return [{**cell.key(), "accuracy": float(x), "steps": 1} for cell, x in zip(planned, right, strict=True)]
+
+
 def test_seeds_follow_the_best_rate() -> None:
-    rows = [{**cell.key(), "accuracy": cell.lr == 3e-3, "steps": 1} for cell in cells.stage_recall([])]
+    rows = as_if_run(cells.stage_recall([]), lr=3e-3)
     found = cells.stage_seeds(rows)
-    assert len(found) == 2 * len(cells.stage_recall([])) / 3
+    assert len(found) == 2 * len(MODELS)
     assert {cell.lr for cell in found} == {3e-3} and {cell.seed for cell in found} == {1, 2}
     assert all(cell.lr == 3e-3 for cell in cells.stage_choices(rows)) and len(cells.stage_choices(rows)) == 12
+    assert not cells.stage_seeds([row for row in rows if row["lr"] != 1e-2])  # not all rates have been tried
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_later_stages_have_the_better_positions(rotary: bool) -> None:
+    rows = as_if_run([*cells.stage_recall([]), *cells.stage_easy([])], rotary=rotary)
+    for stage in (cells.stage_wide, cells.stage_long, cells.stage_memory, cells.stage_others):
+        found = stage(rows)
+        assert {cell.rotary for cell in found if cell.model in cells.POSITIONS} == {rotary}
+        assert not any(cell.rotary for cell in found if cell.model not in cells.POSITIONS)
+    assert len(cells.stage_wide(rows)) == len(cells.stage_long(rows)) == 3 * len(MODELS)
+    short = [row for row in rows if row["pairs"] != 32]
+    assert not {cell.model for cell in cells.stage_wide(short)} & {*cells.POSITIONS}
+
+
+def test_equal_memory_is_at_least_that_of_bmojo() -> None:
+    rows = as_if_run([*cells.stage_recall([]), *cells.stage_easy([])], rotary=True)
+    found = cells.stage_memory(rows)
+    assert {(cell.model, cell.pairs) for cell in found} == {
+        (model, pairs) for model in ("mamba", "bmojo-f", "hybrid") for pairs in (16, 32, 64)
+    }
+    for cell in found:
+        bmojo = memory_bytes(config_of("bmojo", **cell.sizes()), 256)["total"]
+        config = config_of(cell.model, d_state=cell.d_state, expand=cell.expand, **cell.sizes())
+        assert memory_bytes(config, 256)["total"] >= bmojo
+
+
+def test_a_stage_may_ask_for_more_epochs() -> None:
+    rows = as_if_run(cells.stage_recall([]), lr=3e-3)
+    assert {cell.epochs for cell in cells.stage_longer(rows)} == {4 * cells.Cell.epochs}
+    args = argparse.Namespace(train=64, epochs=2, batch=8, repeated=False, model=list(MODELS), d_state=None)
+    small = [{**row, "train": 64, "epochs": 2, "batch": 8} for row in rows]
+    assert {cell.epochs for cell in sweep.planned("longer", small, args)} == {8}
+    assert not sweep.planned("longer", rows, args)  # those were another recipe's
+
+
+def test_answers_by_distance() -> None:
+    tokens = np.array([[7, 70, 8, 80, 0, 0, 8, 80, 7, 70]])
+    right, columns = np.array([[True, False]]), np.array([[6, 8]])
+    assert by_distance(tokens, right, columns, 2, 4) == [[4, 1, 1], [8, 1, 0]]
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:

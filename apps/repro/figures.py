@@ -101,6 +101,20 @@ def comparison(found: Found) -> str:
     return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
 
 
+def memory(found: Found) -> str:
+    """What each model of the comparison at 256 tokens, width 64, may remember, by kind."""
+    rows = {
+        name_of(row): row for row in usual_slots(plain(found["rows"])) if (row["seq_len"], row["d_model"]) == (256, 64)
+    }
+    body = []
+    for name in sorted(rows, key=lambda name: (ORDER.index(rows[name]["model"]), rows[name]["memory_bytes"])):
+        parts, row = rows[name]["memory"], rows[name]
+        if not row["rotary"] or row["d_state"] != STATE:  # positions take no memory
+            kinds = [f"{parts[kind] / 1024:.1f}" for kind in ("ssm", "eidetic", "rings", "total")]
+            body.append([name.replace("rotary, ", ""), *kinds, f"{row['params']:,}"])
+    return _rows(["model", "SSM state, KiB", "eidetic", "keys and values", "all", "parameters"], body)
+
+
 def by_slots(found: Found) -> dict[str, dict[int, float]]:
     """Accuracy of seed 0 by the number of eidetic slots, the best learning rate of each, by pairs and positions."""
     rows = [row for row in plain(found["rows"]) if row["model"] == "bmojo" and row["seed"] == 0]
@@ -287,6 +301,7 @@ def tables() -> dict[str, Callable[[], str]]:
         made["choices"] = lambda: choices(found["mqar"])
         made["kept"] = lambda: kept(found["mqar"])
         made["slots"] = lambda: slots(found["mqar"])
+        made["memory"] = lambda: memory(found["mqar"])
         made["reach"] = lambda: reach(found["mqar"])
         made["repeated"] = lambda: repeated(found["mqar"])
     return made

@@ -134,14 +134,15 @@ def slots(found: Found) -> str:
 
 def reach(found: Found) -> str:
     """How far back B'MOJO-F answers, by its fading length, in the small runs made for this."""
-    rows = [row for row in found["rows"] if row["window"] != WINDOW and "n_fading" in row["options"]]
+    rows = found["rows"]
     body = []
     for row in sorted(rows, key=lambda row: row["options"]["n_fading"]):
         n, shares = row["options"]["n_fading"], {d: right / asked for d, asked, right in row["by_distance"]}
         cells = [f"{100 * share:.0f}" for _, share in sorted(shares.items())]
         body.append([str(n), str(2 * (row["window"] + n)), f"{100 * row['accuracy']:.1f}", *cells])
-    distances = sorted(d for d, _, _ in rows[0]["by_distance"]) if rows else []
-    return _rows(["fading", "reach", "accuracy %", *(f"from {d:g}" for d in distances)], body)
+    distances = sorted(d for d, _, _ in rows[0]["by_distance"])
+    header = ["fading", "reach", "accuracy %", *(f"from {d:g}" for d in distances)]
+    return f"{_rows(header, body)}\n\n{found['machine']}, torch {found['versions']['torch']}."
 
 
 def repeated(found: Found) -> str:
@@ -302,8 +303,9 @@ def tables() -> dict[str, Callable[[], str]]:
         made["kept"] = lambda: kept(found["mqar"])
         made["slots"] = lambda: slots(found["mqar"])
         made["memory"] = lambda: memory(found["mqar"])
-        made["reach"] = lambda: reach(found["mqar"])
         made["repeated"] = lambda: repeated(found["mqar"])
+    if (RESULTS / "reach" / "mqar.json").exists():
+        made["reach"] = lambda: reach(_read("reach/mqar"))
     return made
 
 

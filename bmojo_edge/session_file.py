@@ -163,7 +163,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except SafetensorError as error:
         raise SessionError(f"{path}: is no session file, or truncated or damaged ({error})") from None
     shapes = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
-    if {"session", "crc32", "checksum"} - head.keys() or head["checksum"] != _checksum(head, shapes):
+    missing = {"session", "crc32", "checksum", "padding"} - head.keys()
+    if missing or head["padding"].strip(" ") or head["checksum"] != _checksum(head, shapes):
         raise SessionError(f"{path}: damaged: the header is not what was written")
     for name, crc in json.loads(head["crc32"]).items():
         if f"{zlib.crc32(raw_bytes(tensors[name])):08x}" != crc:

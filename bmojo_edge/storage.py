@@ -18,7 +18,7 @@ import numpy as np
 from bmojo_edge.allocator import return_large_buffers
 from bmojo_edge.staging import staged
 from bmojo_edge.storage_blocks import Blocks, Shape, packed
-from bmojo_edge.storage_files import HEAD, SOURCES, Files, StoreError
+from bmojo_edge.storage_files import SOURCES, Files, StoreError, is_store, strangers
 from bmojo_edge.storage_index import DEVICE_SCAN, SCAN, TILE, Segments, block_scores, relevance, rounded
 from bmojo_edge.storage_writer import Writer
 
@@ -82,9 +82,10 @@ class Store:
         Raises StoreError where the folder holds something already, or the budget is less than 16 blocks.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "is a store already" if is_store(folder) else "exists and is no store; choose another name"
-            raise StoreError(f"{folder}: {what}")
+        if is_store(folder):
+            raise StoreError(f"{folder}: is a store already")
+        if folder.exists() and (not folder.is_dir() or strangers(folder)):
+            raise StoreError(f"{folder}: exists and is no store; choose another name")
         a_block = shape.payload_bytes + shape.entry.itemsize + (1 + INDEX_BYTES) * shape.summary_bytes
         capacity = disk_bytes // a_block
         if capacity < 16:
@@ -112,8 +113,11 @@ class Store:
         self._table = {name: np.zeros(size, np.int64) for name in ("id", "branch", "start", "tokens")}
         self._crcs = np.zeros(size, np.uint32)
         self._sources: dict[int, dict[str, Any]] = {}
-        for line in self._files.read_sources():
-            self._sources.setdefault(int(line["branch"]), {}).update(line)
+        lines, self._lost_lines = self._files.read_sources()
+        for line in lines:
+            if "name" in line or line["branch"] in self._sources:  # else its first line is lost
+                self._sources.setdefault(line["branch"], {}).update(line)
+        self._last_branch = max(int(entries["branch"].max(initial=0)), *(line["branch"] for line in lines), 0)
         known = [branch for branch, source in self._sources.items() if not source.get("removed")]
         live = (entries["id"] > 0) & np.isin(entries["branch"], known)
         for name, column in (*self._table.items(), ("payload", self._crcs)):
@@ -180,9 +184,10 @@ class Store:
 
     def begin(self, name: str, kind: str, parent: int = 0, at: int = 0) -> int:
         """A new source; its branch number, from 1."""
-        branch = max(self._sources, default=0) + 1
+        branch = self._last_branch + 1  # blocks of sources that were lost are nobody's
         added = datetime.now(UTC).isoformat(timespec="seconds")
         self._log(branch, name=name, kind=kind, parent=parent, at=at, added=added)
+        self._last_branch = branch
         return branch
 
     def _log(self, branch: int, **facts: Any) -> None:
@@ -405,6 +410,8 @@ class Store:
         self.flush()
         entries, torn = self._files.entries()
         found = [f"{torn} entries of the table"] if torn else []
+        found += [f"{self._lost_lines} lines of {SOURCES}"] if self._lost_lines else []
+        found += self._segments.damaged()
         lost = int(((entries["id"] > 0) & ~np.isin(entries["branch"], list(self._sources))).sum())
         found += [f"{lost} blocks of sources that {SOURCES} does not name"] if lost else []
         for slot in np.flatnonzero(self._ids > 0):
@@ -423,7 +430,7 @@ class Store:
         The store is closed with it; blocks keep their numbers. The former one stays until the new one is whole.
         """
         self.flush()
-        if others := self._files.strangers():
+        if others := strangers(self.folder):
             raise StoreError(f"{self.folder}: holds {others[0]}, which is not the store's; move it elsewhere first")
         before, (entries, _) = self.nbytes, self._files.entries()
         with staged(self.folder, lambda _: None) as folder:
@@ -435,9 +442,9 @@ class Store:
             for slot in self._slots_of(self._live_ids()):
                 try:
                     payload = self._files.read_payload(int(slot), int(self._crcs[slot]))
+                    summary = self._files.read_summary(int(slot))
                 except StoreError:
                     continue
-                summary = self._files.read_summary(int(slot))
                 if _crc(summary) != entries[slot]["summary"]:
                     continue
                 new.write(place, entries[slot : slot + 1], Blocks(payload[None], summary[None]))
@@ -475,8 +482,3 @@ def _crc(summary: np.ndarray) -> int:
     import zlib
 
     return zlib.crc32(summary.tobytes())
-
-
-def is_store(folder: str | Path) -> bool:
-    """Whether a folder is a store."""
-    return (Path(folder) / HEAD).is_file()

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from bmojo_edge.staging import staged_file
+from bmojo_edge.staging import backup_of, staged_file
 from bmojo_edge.storage_blocks import Blocks, Shape
 from bmojo_edge.tensors import raw_bytes
 
-FORMAT, VERSION = "bmojo-edge store", 2
+FORMAT, VERSION = "bmojo-edge store", 3
 BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK = (
     "blocks.bin", "summaries.bin", "entries.bin", "sources.jsonl", "store.json", "lock",
 )  # fmt: skip
@@ -58,26 +58,22 @@ class Files:
             "capacity": capacity, "model": model,
         }  # fmt: skip
         with staged_file(folder / HEAD) as file:
-            file.write(json.dumps(head, ensure_ascii=False).encode())
-
-    def strangers(self) -> list[str]:
-        """Names in the folder that are not a store's."""
-        own, begins = (BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK), ("index-", f".{HEAD}.tmp-")
-        return sorted(p.name for p in self.folder.iterdir() if p.name not in own and not p.name.startswith(begins))
+            file.write(_line(head))
 
     # --- the table
 
     def entries(self) -> tuple[np.ndarray, int]:
-        """All entries, those damaged or never finished with id 0, and how many bytes were neither."""
+        """All entries, those damaged or never finished with id 0, and how many are damaged or missing."""
         size = os.fstat(self._entries).st_size
         kind = self.shape.entry
         raw = os.pread(self._entries, size - size % kind.itemsize, 0)
         found = np.frombuffer(raw, kind).copy()
         damaged = 0
-        for i in np.flatnonzero(found["id"]):
+        for i in np.flatnonzero(np.frombuffer(raw, np.uint8).reshape(-1, kind.itemsize).any(1)):
             if _entry_crc(found[i]) != found[i]["crc"]:
                 found[i], damaged = np.zeros((), kind), damaged + 1
-        return found, damaged
+        slots = -(-os.fstat(self._blocks).st_size // self.shape.payload_bytes)
+        return found, damaged + max(0, slots - len(found))  # a slot has had an entry since before it had content
 
     def empty(self, slot: int) -> None:
         """Mark a slot empty."""
@@ -133,21 +129,23 @@ class Files:
 
     # --- sources
 
-    def read_sources(self) -> list[dict[str, Any]]:
-        """The lines of the log; one that a killed process did not finish is cut off."""
+    def read_sources(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines of the log, and how many are damaged; one that a killed process did not finish is cut off."""
         raw = os.pread(self._sources, os.fstat(self._sources).st_size, 0)
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.ftruncate(self._sources, len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise StoreError(f"{self.folder / SOURCES}: is damaged ({error})") from None
+        lines = [_unchanged(line) for line in whole.split(b"\n")[:-1]]
+        return [line for line in lines if line is not None], lines.count(None)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append to the log of sources."""
-        raw = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-        _pwrite(self._sources, raw, os.fstat(self._sources).st_size)
+        """Append to the log of sources. Raises StoreError where it cannot be written, and leaves no part of it."""
+        end = os.fstat(self._sources).st_size
+        try:
+            _pwrite(self._sources, _line(line) + b"\n", end)
+        except OSError as error:
+            os.ftruncate(self._sources, end)
+            raise StoreError(f"{self.folder / SOURCES}: writing failed: {error}") from error
 
     # --- the end
 
@@ -164,6 +162,47 @@ class Files:
     def nbytes(self) -> int:
         """Bytes on the disk, indexes included."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+
+def strangers(folder: Path) -> list[str]:
+    """Names in a folder that are not a store's, nor what is left where making one was cut off."""
+    own, begins = (BLOCKS, SUMMARIES, ENTRIES, SOURCES, HEAD, LOCK), ("index-", f".{HEAD}.tmp-")
+    return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith(begins))
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether a folder is a store, or one that `Store.compacted` was replacing when it was killed."""
+    return (Path(folder) / HEAD).is_file() or _replaced(folder) is not None
+
+
+def _replaced(folder: str | Path) -> Path | None:
+    """Where a store lies whose replacement was cut off."""
+    backup = backup_of(Path(os.path.realpath(folder)))
+    return backup if backup is not None and (backup / HEAD).is_file() else None
+
+
+def _put_back(folder: Path) -> None:
+    """Give such a store its name again."""
+    if backup := _replaced(folder):
+        lock = _locked(backup)  # else the one that replaces it is still there
+        backup.rename(os.path.realpath(folder))
+        os.close(lock)
+
+
+def _line(facts: dict[str, Any]) -> bytes:
+    """Facts as a line of JSON that tells whether it is as it was written."""
+    crc = zlib.crc32(json.dumps(facts).encode())
+    return json.dumps({**facts, "crc": crc}, ensure_ascii=False).encode()
+
+
+def _unchanged(line: bytes) -> dict[str, Any] | None:
+    """The facts of a line, None where it is not as it was written."""
+    try:
+        facts = json.loads(line)
+        crc = facts.pop("crc")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return facts if crc == zlib.crc32(json.dumps(facts).encode()) else None
 
 
 def _entry_crc(entry: np.ndarray) -> int:
@@ -183,8 +222,10 @@ def _repair(folder: Path) -> str:
 def read_head(folder: Path) -> dict[str, Any]:
     """What `store.json` says. Raises StoreError where there is no store, or not one that is read here."""
     path = folder / HEAD
+    _put_back(folder)
     try:
-        head = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        head = json.loads(raw)
     except (FileNotFoundError, NotADirectoryError):
         missing = f"is not a store: {HEAD} is missing" if folder.is_dir() else "no such store"
         raise StoreError(f"{folder}: {missing}") from None
@@ -198,6 +239,8 @@ def read_head(folder: Path) -> dict[str, Any]:
         if not isinstance(head.get(field), kind):
             raise StoreError(f"{path}: is damaged: {field} is {head.get(field, 'missing')!r}")
     _shape(head)
+    if _unchanged(raw) is None:
+        raise StoreError(f"{path}: is damaged: not what was written; put a copy of it back")
     return head
 
 

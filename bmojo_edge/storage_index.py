@@ -7,6 +7,7 @@ mapped and not loaded. NumPy; knows summaries and queries, not where they come f
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -92,12 +93,15 @@ class Segments:
     def _opened(self, ordinal: int, ids: np.ndarray) -> list[Any]:
         """The index of each head of a segment, built first where it is not there."""
         with self._lock:
+            paths = [self._path(ordinal, head) for head in range(self._heads)]
+            if ordinal not in self._open and ordinal not in self._building and not all(map(_whole, paths)):
+                for path in paths:
+                    path.unlink(missing_ok=True)
             self.prepare(ordinal, ids)
             if ordinal in self._building:
                 self._building.pop(ordinal).result()
             if ordinal not in self._open:
                 usearch = _usearch()
-                paths = [self._path(ordinal, head) for head in range(self._heads)]
                 self._open[ordinal] = [usearch.Index.restore(str(path), view=True) for path in paths]
             return self._open[ordinal]
 
@@ -113,6 +117,10 @@ class Segments:
                 found.append(np.asarray(index.search(wanted, NEIGHBOURS, threads=0).keys).reshape(-1))
         places = np.unique(np.concatenate(found).astype(np.int64) // self._per_block) if found else np.zeros(0, int)
         return places + ordinal * self.segment + 1
+
+    def damaged(self) -> list[str]:
+        """Names of index files that are not as they were written; they are made anew when they are needed."""
+        return [path.name for path in sorted(self.folder.glob("index-*.usearch")) if not _whole(path)]
 
     def drop(self) -> None:
         """Forget all indexes and remove their files."""
@@ -147,8 +155,30 @@ class Segments:
             if n:
                 index.add(keys.reshape(-1).astype(np.uint64), vectors.astype(np.float16), threads=1)
             path = self._path(ordinal, head)
-            index.save(str(path.with_suffix(".partial")))
-            path.with_suffix(".partial").replace(path)
+            partial = path.with_suffix(".partial")
+            index.save(str(partial))
+            with partial.open("ab") as file:  # usearch reads what is before it
+                file.write(_crc(partial, partial.stat().st_size).to_bytes(4, "little"))
+            partial.replace(path)
+
+
+def _crc(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of a file, a part at a time."""
+    crc = 0
+    with path.open("rb") as file:
+        for begin in range(0, size, 2**20):
+            crc = zlib.crc32(file.read(min(2**20, size - begin)), crc)
+    return crc
+
+
+def _whole(path: Path) -> bool:
+    """Whether an index file is there as it was written; usearch follows links in a damaged one anywhere."""
+    size = path.stat().st_size - 4 if path.is_file() else -1
+    if size < 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size)
+        return file.read() == _crc(path, size).to_bytes(4, "little")
 
 
 def _usearch() -> Any:

@@ -33,8 +33,8 @@ def opened(folder: Path, model: str | None, disk_gb: float | None = None, keeps:
     """A model with the store in `folder`, which is made where `disk_gb` says how large it may get, 0 as by default."""
     from bmojo_edge.recall import WithStorage, shape_for
     from bmojo_edge.session_file import identity
-    from bmojo_edge.storage import DISK_BYTES, Store, is_store
-    from bmojo_edge.storage_files import read_head
+    from bmojo_edge.storage import DISK_BYTES, Store
+    from bmojo_edge.storage_files import is_store, read_head
 
     there = is_store(folder)
     if there and disk_gb:
@@ -61,7 +61,7 @@ def add(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text, Markdown or PDF.")],
     model: Model = None,
     disk_gb: Annotated[
-        float, typer.Option(min=0.0, metavar="GB", help="Of a new store: how large it may get; 0: 4.3 GB.")
+        float, typer.Option(min=0.0, max=1e5, metavar="GB", help="Of a new store: how large it may get; 0: 4.3 GB.")
     ] = 0.0,
     json: Json = False,
     debug: Debug = False,

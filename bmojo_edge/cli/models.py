@@ -41,7 +41,7 @@ def of_session(path: Path, made: Origin, model: str | None, memory: Path | None)
     The model is None where it is no longer there. Raises SessionError where the store is not.
     """
     from bmojo_edge.session_file import SessionError
-    from bmojo_edge.storage import is_store
+    from bmojo_edge.storage_files import is_store
 
     if model is None and made.model is not None and Path(made.model).is_dir():
         model = made.model

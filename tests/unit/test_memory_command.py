@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def test_chat_recalls_and_remembers(model: Path, notes: Path, tmp_path: Path) ->
         (("memory", "search", "nowhere", "x"), 1, "nowhere: no such store"),
         (("memory", "add", "store", "nothing.txt"), 1, "nothing.txt: no such file"),
         (("memory", "add", "store"), 2, "FILE"),
+        (("memory", "add", "store", "nothing.txt", "--disk-gb", "inf"), 2, "--disk-gb"),
     ],
 )
 def test_misuse_is_told_before_a_model_is_loaded(
@@ -147,6 +149,7 @@ def test_removing_what_is_not_there_is_misuse(model: Path, notes: Path, tmp_path
         ("c.txt", b"\xef\xbb\xbf", "holds no text"),
         ("a.md", b" \n", "holds no text"),
         ("a.pdf", b"no pdf at all", "is damaged or no PDF"),
+        ("caf\udce9.txt", b"coffee", "a name that cannot be shown"),
     ],
 )
 def test_documents_that_cannot_be_read_are_named(
@@ -154,7 +157,7 @@ def test_documents_that_cannot_be_read_are_named(
 ) -> None:
     pytest.importorskip("pypdf", reason="PDF is read by pypdf")
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
-    with pytest.raises(DocumentError, match=f"{name}: .*{message}"):
+    with pytest.raises(DocumentError, match=f"{re.escape(ascii(name)[1:-1])}'?: .*{message}"):
         read_document(tmp_path / name)
 
 

@@ -258,9 +258,7 @@ def test_every_cut_and_every_flipped_byte_is_seen(tokenizer: Tokenizer, tmp_path
             Session.open(path, lm)
         assert any(name in str(error.value) for name in tensors)
     head = data[8 : 8 + size].rstrip()
-    meant = [at for at in rng.integers(8, 8 + len(head), 300) if data[at] != ord(" ")]
-    assert len(meant) > 30  # the rest is padding
-    for at in meant:
+    for at in rng.integers(8, 8 + len(head), 100):  # most of them in the padding
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(SessionError, match=r"a\.bmojo: "):
             Session.open(path, lm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from bmojo_edge.storage import Store, StoreError
 from bmojo_edge.storage_blocks import Shape, blocks_of, packed, unpacked
-from bmojo_edge.storage_files import BLOCKS, ENTRIES, HEAD, SOURCES
+from bmojo_edge.storage_files import BLOCKS, ENTRIES, HEAD, SOURCES, SUMMARIES, _locked, is_store
 from bmojo_edge.storage_index import block_scores, relevance
 
 SHAPE = Shape(block=4, layers=(0, 2), router=1, pool=2, kv_heads=2, head_dim=8)
@@ -294,7 +295,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="disk_bytes: 100 is less than 16 blocks"):
         Store.create(tmp_path / "t", SHAPE, MODEL, disk_bytes=100)
     (tmp_path / "s" / HEAD).write_text('{"format": "bmojo-edge store", "version": 9}')
-    with pytest.raises(StoreError, match="version: is 9, this program reads 2"):
+    with pytest.raises(StoreError, match="version: is 9, this program reads 3"):
         Store(tmp_path / "s")
 
 
@@ -325,6 +326,64 @@ def test_blocks_whose_source_is_lost_are_damage(tmp_path: Path) -> None:
         assert (len(store), store.damaged()) == (2, [])
 
 
+@pytest.mark.parametrize("name", [HEAD, SOURCES, BLOCKS, SUMMARIES, ENTRIES])
+def test_every_flipped_bit_is_seen(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "s"
+    with Store.create(folder, SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 2)
+        fill(store, 3, seed=1)
+    raw, rng = (folder / name).read_bytes(), np.random.default_rng(0)
+    for bit in (0, *rng.integers(0, 8 * len(raw) - 8, 20)):  # the first is the number of block 1, which becomes 0
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(flipped)
+        if name == HEAD:
+            with pytest.raises(StoreError, match=HEAD):
+                Store(folder, MODEL)
+        else:
+            with Store(folder, MODEL) as store:
+                assert store.damaged(), bit
+    (folder / name).write_bytes(raw)
+    with Store(folder, MODEL) as store:
+        assert store.damaged() == []
+
+
+@pytest.mark.parametrize("name", [SOURCES, BLOCKS, SUMMARIES, ENTRIES])
+def test_a_file_that_is_gone_is_damage_and_claims_nothing(tmp_path: Path, name: str) -> None:
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 3)
+    (tmp_path / "s" / name).unlink()
+    with Store(tmp_path / "s", MODEL) as store:
+        assert store.damaged()
+        branch = store.begin("new", "file")
+    with Store(tmp_path / "s", MODEL) as store:
+        assert {source.branch: source.blocks for source in store.sources}[branch] == 0
+        store.compacted()
+    with Store(tmp_path / "s", MODEL) as store:
+        assert store.damaged() == []
+
+
+def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path) -> None:
+    pytest.importorskip("usearch", reason="the index of sealed segments is usearch's")
+    queries = np.random.default_rng(1).standard_normal((4, 8, 8)).astype(np.float32)
+
+    def chosen(store: Store) -> list[int]:
+        return store.choose(queries, store.visible(store.next_id, 0, 0), 5).tolist()
+
+    with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6, segment=64) as store:
+        fill(store, 200)
+        want = chosen(store)
+    path = tmp_path / "s" / "index-1-0.usearch"
+    raw = path.read_bytes()
+    links = bytes([byte ^ 255 for byte in raw[-3000:]])  # usearch would follow them out of its memory
+    for damaged in (raw[:-3000] + links, raw[: len(raw) // 2], b""):
+        path.write_bytes(damaged)
+        with Store(tmp_path / "s", MODEL, segment=64) as store:
+            assert store.damaged() == [path.name]
+            assert chosen(store) == want
+            assert store.damaged() == []
+
+
 def test_compacting_keeps_what_is_not_the_stores(tmp_path: Path) -> None:
     with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6) as store:
         fill(store, 1)
@@ -347,6 +406,28 @@ def test_a_full_disk_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(StoreError, match=r"writing failed.*No space left"):
         store.flush()
     store._writer._failed = None  # the fixture closes it
+
+
+def test_a_full_disk_leaves_no_part_of_a_source(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store, 1)
+    write, room = os.pwrite, iter([20])
+
+    def nearly_full(descriptor: int, raw: Any, offset: int) -> int:
+        n = next(room, 0)
+        if not n:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, raw[:n], offset)
+
+    store.flush()
+    monkeypatch.setattr(os, "pwrite", nearly_full)
+    with pytest.raises(StoreError, match=r"sources\.jsonl: writing failed: .*No space left"):
+        store.begin("lost", "file")
+    monkeypatch.undo()  # there is room again
+    fill(store, 1, seed=2)
+    store.close()
+    with Store(store.folder, MODEL) as again:
+        assert [source.name for source in again.sources] == ["text 0", "text 2"]
+        assert (len(again), again.damaged()) == (2, [])
 
 
 # --- kill -9
@@ -397,6 +478,46 @@ def kill_while_writing(folder: Path, trials: int, seed: int) -> None:
     lines = run.stdout.splitlines()
     assert len(lines) == trials
     assert int(lines[-1].split()[1]) > 40  # blocks were written, and more than the budget holds
+
+
+KILLED_WHILE_REPLACING = """
+import os, signal, sys
+from bmojo_edge import staging
+from bmojo_edge.storage import Store
+
+def swap(folder, target, backup):
+    target.rename(backup)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+staging._swap = swap
+Store(sys.argv[1]).compacted()
+"""
+
+
+def test_a_store_that_was_killed_while_it_was_replaced_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    with Store.create(folder, SHAPE, MODEL, disk_bytes=10**6) as store:
+        fill(store, 3)
+    command = [sys.executable, "-c", KILLED_WHILE_REPLACING, str(folder)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -signal.SIGKILL
+    assert not folder.exists() and is_store(folder)
+    with pytest.raises(StoreError, match="s: is a store already"):
+        Store.create(folder, SHAPE, MODEL)
+    lock = _locked(next(tmp_path.glob(".s.old-*")))  # as while another process replaces it
+    with pytest.raises(StoreError, match="in use by another process"):
+        Store(folder, MODEL)
+    os.close(lock)
+    with Store(folder, MODEL) as store:
+        assert (len(store), store.damaged()) == (3, [])
+        store.compacted()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_store_whose_making_was_cut_off_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / f".{HEAD}.tmp-1-0").touch()
+    Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6).close()
+    assert not list((tmp_path / "s").glob(".*"))
 
 
 def test_kill_9_loses_no_store(tmp_path: Path) -> None:

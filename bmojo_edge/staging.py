@@ -116,16 +116,16 @@ def staged_file(target: Path) -> Iterator[BinaryIO]:
             stale.unlink(missing_ok=True)
             os.close(descriptor)
     path = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    with path.open("xb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
+    try:
+        with path.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(path, target)
             _flush(target.parent)
-        except OSError as error:
-            _name(error, target)
-            raise
-        finally:
-            path.unlink(missing_ok=True)
+    except OSError as error:  # closing the file, too, may write to a full disk
+        _name(error, target)
+        raise
+    finally:
+        path.unlink(missing_ok=True)

@@ -256,6 +256,8 @@ def _locked(folder: Path) -> int:
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):  # replaced in the meantime
+            raise BlockingIOError
     except OSError:
         owner = os.pread(descriptor, 32, 0).decode(errors="replace")
         os.close(descriptor)

@@ -321,6 +321,25 @@ def test_a_write_that_fails_leaves_the_former_file(lm: FakeLM, tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["a.bmojo"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs POSIX")
+def test_a_disk_that_fills_up_is_named_wherever_it_does(lm: FakeLM, tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "a.bmojo"
+    talked(lm, 2).save(path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    session = talked(lm, 3)
+    for room in (0, 1000, len(before) - 1000, len(before) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # writing and closing fail, as on a full disk
+        try:
+            with pytest.raises(OSError, match=r"a\.bmojo"):
+                session.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bmojo"]
+
+
 def test_a_file_is_plain_safetensors(lm: FakeLM, tmp_path: Path) -> None:
     talked(lm).save(tmp_path / "a.bmojo")
     with safe_open(tmp_path / "a.bmojo", framework="numpy") as file:

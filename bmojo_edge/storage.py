@@ -272,6 +272,7 @@ class Store:
             self._read.wait_for(lambda: not self._readers)
         self._writer.settle(slots)
         self._ids[slots] = 0
+        self._segments.forget(int(self._ids[self._ids > 0].min(initial=max(self.next_id - self.capacity, 1))))
 
     def begin_reading(self) -> None:
         """No block is forgotten until `end_reading`, called as often, so that another thread can choose and read."""

@@ -67,6 +67,7 @@ class Segments:
         self._per_block, self._heads = per_block, heads
         self._open: dict[int, list[Any]] = {}
         self._building: dict[int, Future[None]] = {}
+        self._forgotten = 0  # segments before this one have no files
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._lock = threading.RLock()  # choices may run beside each other
 
@@ -121,6 +122,21 @@ class Segments:
     def damaged(self) -> list[str]:
         """Names of index files that are not as they were written; they are made anew when they are needed."""
         return [path.name for path in sorted(self.folder.glob("index-*.usearch")) if not _whole(path)]
+
+    def forget(self, oldest: int) -> None:
+        """Remove the indexes of segments that end before the block numbered `oldest`, once they are built."""
+        with self._lock:
+            while self._forgotten < int(self.ordinal(np.int64(oldest))):
+                building = self._building.get(self._forgotten)
+                if building is not None and not building.done():
+                    return
+                self._building.pop(self._forgotten, None)
+                self._open.pop(self._forgotten, None)
+                for head in range(self._heads):
+                    path = self._path(self._forgotten, head)
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".partial").unlink(missing_ok=True)
+                self._forgotten += 1
 
     def drop(self) -> None:
         """Forget all indexes and remove their files."""

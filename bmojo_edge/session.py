@@ -284,6 +284,7 @@ class Session:
         session = cls(lm, content["system"], snapshot_bytes)
         session._started = datetime.fromisoformat(content["started"])
         session._read_ahead, session._forgotten = content["read_ahead"], content["forgotten"]
+        session._forks = content.get("forks", 0)  # older files have none
 
         def moment(i: int | None) -> Moment | None:
             return None if i is None else moments[i]
@@ -312,6 +313,7 @@ class Session:
             "system": self._system,
             "started": self._started.isoformat(),
             "read_ahead": self._read_ahead,
+            "forks": self._forks,
             "asked": number(self._point.asked) if mark == 2 * n - 1 else None,
             "start": number(self._start) if mark == 0 else None,
         }

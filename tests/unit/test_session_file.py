@@ -62,6 +62,7 @@ def talked(lm: Any, turns: int = 2, **options: Any) -> Session:
 def test_everything_comes_back(tokenizer: Tokenizer, tmp_path: Path, engine: str, dtype: str) -> None:
     lm = live(engine, tokenizer, dtype=dtype)
     session = talked(lm, 3)
+    session.fork()  # the next one draws other numbers, also after opening
     session.save(tmp_path / "a.bmojo")
     again = Session.open(tmp_path / "a.bmojo", lm)
     for ours, theirs in ((session, again), (session.rewind(), again.rewind())):

@@ -16,8 +16,8 @@ def read_document(path: Path) -> str:
     """The text of a document, of a PDF page by page. Raises DocumentError naming the file."""
     if not path.is_file():
         raise DocumentError(f"{path}: {'is a folder; name the files in it' if path.is_dir() else 'no such file'}")
-    if not str(path).isprintable():  # as bytes that are no UTF-8 are not
-        raise DocumentError(f"{str(path)!r}: a name that cannot be shown; rename the file")
+    if str(path).encode(errors="replace").decode() != str(path):
+        raise DocumentError(f"{str(path)!r}: the name is not valid Unicode; rename the file")
     ending = path.suffix.lower()
     if ending in PDF:
         text = _pdf(path)

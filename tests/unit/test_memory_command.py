@@ -149,7 +149,7 @@ def test_removing_what_is_not_there_is_misuse(model: Path, notes: Path, tmp_path
         ("c.txt", b"\xef\xbb\xbf", "holds no text"),
         ("a.md", b" \n", "holds no text"),
         ("a.pdf", b"no pdf at all", "is damaged or no PDF"),
-        ("caf\udce9.txt", b"coffee", "a name that cannot be shown"),
+        ("caf\udce9.txt", b"coffee", "the name is not valid Unicode; rename the file"),
     ],
 )
 def test_documents_that_cannot_be_read_are_named(

@@ -87,7 +87,7 @@ class Store:
         if folder.exists() and (not folder.is_dir() or strangers(folder)):
             raise StoreError(f"{folder}: exists and is no store; choose another name")
         a_block = shape.payload_bytes + shape.entry.itemsize + (1 + INDEX_BYTES) * shape.summary_bytes
-        capacity = disk_bytes // a_block
+        capacity = int(disk_bytes // a_block)  # 4e9 will do
         if capacity < 16:
             raise StoreError(f"{folder}: disk_bytes: {disk_bytes:,} is less than 16 blocks of {a_block:,} bytes")
         Files.create(folder, shape, capacity, dict(identity))
@@ -184,6 +184,7 @@ class Store:
 
     def begin(self, name: str, kind: str, parent: int = 0, at: int = 0) -> int:
         """A new source; its branch number, from 1."""
+        self._require_open()
         branch = self._last_branch + 1  # blocks of sources that were lost are nobody's
         added = datetime.now(UTC).isoformat(timespec="seconds")
         self._log(branch, name=name, kind=kind, parent=parent, at=at, added=added)
@@ -235,6 +236,7 @@ class Store:
 
         Waits only where more blocks wait to be written than `ram_bytes` allows. Raises StoreError where writing failed.
         """
+        self._require_open()
         s, (b, t) = self.shape, ids.shape
         n, begins = b * t // s.block, np.tile(np.arange(0, t, s.block), b)
         entries = np.zeros(n, s.entry)
@@ -317,6 +319,7 @@ class Store:
 
         Its own are those of its branch, and of the branches that one continues up to where it left them.
         """
+        self._require_open()
         live = self._ids > 0
         seen, ends = live & (self._ids < horizon), self._ends()
         for number in self.lineage(branch):
@@ -458,6 +461,7 @@ class Store:
 
     def flush(self) -> None:
         """Return once every block added so far is on the disk."""
+        self._require_open()
         self._writer.settle()
         self._writer.check()
         self._files.sync()
@@ -469,6 +473,10 @@ class Store:
                 self.flush()
             finally:
                 self._shut()
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise StoreError(f"{self.folder}: is closed; open it again")
 
     def _shut(self) -> None:
         self._open = False

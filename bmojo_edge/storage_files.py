@@ -158,6 +158,7 @@ class Files:
         """Close the files and let other processes in."""
         for descriptor in (self._blocks, self._summaries, self._entries, self._sources, self._lock):
             os.close(descriptor)
+        self._blocks = self._summaries = self._entries = self._sources = -1  # the numbers may be another file's soon
 
     def nbytes(self) -> int:
         """Bytes on the disk, indexes included."""

@@ -99,7 +99,7 @@ def print_inspection(found: Inspection, out: Console, every: bool = False) -> No
     sinks = dict.fromkeys(layer.sinks for layer in found.layers if layer.sinks)
     for tokens in sinks:  # the same in every layer that has them
         out.print(f"[bold]sinks[/]  {'  '.join(map(_one, tokens))}")
-    table = Table("layer", "attention", "eidetic: text, position, innovation", box=None, pad_edge=False)
+    table = Table("layer", "attention", "eidetic: text, position, innovation, age", box=None, pad_edge=False)
     for i, layer in enumerate(found.layers):
         shares = " ".join(f"{name} {share:.0%}" for name, share in layer.attention.items() if share >= 0.005)
         best = sorted(layer.eidetic, key=lambda kept: -(kept.innovation or 0.0))[: None if every else SHOWN]
@@ -112,5 +112,5 @@ def print_inspection(found: Inspection, out: Console, every: bool = False) -> No
 
 
 def _one(kept: Kept) -> str:
-    why = "" if kept.innovation is None else f" {kept.innovation:.2f}"
+    why = "" if kept.innovation is None else f" {kept.innovation:.2f} {kept.age:,}"
     return f"{escape(repr(kept.text))}[dim]@{kept.position:,}{why}[/]"

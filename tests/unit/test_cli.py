@@ -585,8 +585,8 @@ def test_inspect_a_session(talker: Path, tmp_path: Path) -> None:
     assert found["attention"]["storage"] == 0
     assert found["queries"] == 5
     assert "attention of the last answer (5 tokens, mean of all layers): window" in " ".join(shown.split())
-    table = run("inspect", str(file), "--all").stdout
-    assert all(f"@{k['position']:,}" in table for k in kept)
+    table = " ".join(run("inspect", str(file), "--all").stdout.split())
+    assert all(f"@{k['position']:,} {k['innovation']:.2f} {k['age']:,}" in table for k in kept)
 
 
 def test_inspect_a_text(talker: Path) -> None:

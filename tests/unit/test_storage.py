@@ -181,7 +181,7 @@ def test_a_branch_sees_its_own_past_and_nothing_of_its_siblings(store: Store) ->
 
 
 def test_the_disk_budget_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
-    budget = 20 * A_BLOCK
+    budget: Any = 20.0 * A_BLOCK
     with Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=budget) as store:
         fill(store, 50)
         store.flush()
@@ -276,6 +276,24 @@ def test_an_entry_that_was_not_finished_is_an_empty_slot(tmp_path: Path) -> None
 
 
 # --- refusals
+
+
+def test_a_closed_store_writes_into_no_other(tmp_path: Path) -> None:
+    closed = Store.create(tmp_path / "s", SHAPE, MODEL, disk_bytes=10**6)
+    branch, kv = fill(closed, 2)
+    closed.close()
+    with Store.create(tmp_path / "t", SHAPE, MODEL, disk_bytes=10**6) as store:  # on the same file descriptors
+        for use in (
+            lambda: closed.begin("more", "file"),
+            lambda: closed.add(branch, 8, np.arange(8), kv),
+            lambda: closed.visible(9, 0, 0),
+            lambda: closed.flush(),
+        ):
+            with pytest.raises(StoreError, match="s: is closed; open it again"):
+                use()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            closed._files.log({"branch": 1})
+        assert store.sources == [] and len(store) == 0
 
 
 def test_two_processes_do_not_share_a_store(tmp_path: Path, store: Store) -> None:

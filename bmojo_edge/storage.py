@@ -26,7 +26,7 @@ __all__ = ["Shape", "Source", "Store", "StoreError"]
 
 DISK_BYTES, RAM_BYTES = 2**32, 2**28
 SEGMENT, WRITERS = 8192, 4
-INDEX_BYTES = 3  # of an index, about, for every byte of the summaries in it
+INDEX_BYTES = 4  # for every byte of summaries: an index has twice as many, and a block can have an old one beside it
 
 
 class Source(NamedTuple):

@@ -126,7 +126,7 @@ class Segments:
     def forget(self, oldest: int) -> None:
         """Remove the indexes of segments that end before the block numbered `oldest`, once they are built."""
         with self._lock:
-            while self._forgotten < int(self.ordinal(np.int64(oldest))):
+            while self._forgotten < (oldest - 1) // self.segment:
                 building = self._building.get(self._forgotten)
                 if building is not None and not building.done():
                     return

@@ -24,6 +24,7 @@ from bmojo_edge.config import Config
 from bmojo_edge.engine import LM, evaluate, state_nbytes
 from bmojo_edge.generate import Continuation, Options, PromptError
 from bmojo_edge.moment import Moment, branched, first_moment
+from bmojo_edge.sampling import check_count
 from bmojo_edge.session_file import SavedSession, SessionError
 from bmojo_edge.steps import Steps
 from bmojo_edge.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ class Session:
     `system` is the system message. `snapshot_bytes` bounds the states kept for `rewind`, beside those of the last turn;
     the oldest go first. `seed` makes unseeded sampling repeatable. `blank` is a fresh state of the model that many
     sessions can begin from.
-    Raises PromptError without a tokenizer, ChatTemplateError without a chat template.
+    Raises PromptError without a tokenizer, ChatTemplateError without a chat template, SamplingError for a seed below 0.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Session:
     ) -> None:
         if lm.tokenizer is None:
             raise PromptError("this model folder has no tokenizer; put tokenizer.json or tokenizer.model into it")
+        if seed is not None:
+            check_count("seed", seed)
         self._lm = lm
         self._tokenizer: Tokenizer = lm.tokenizer
         self._system = system

@@ -460,6 +460,12 @@ def test_reading_ahead_is_refused_where_the_beginning_moves(tokenizer: Tokenizer
         Session(FakeLM(with_template(tokenizer, MOVING)), system="s").read("x")
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
+def test_a_wrong_seed_is_named(lm: FakeLM, seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed: must be a whole number of at least 0"):
+        Session(lm, seed=seed)
+
+
 def test_regenerating_draws_anew_and_rewinding_draws_the_same(lm: FakeLM) -> None:
     session = Session(lm, seed=5)
     say(session, "Hello", "ok")

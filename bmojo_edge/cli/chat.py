@@ -11,7 +11,7 @@ import typer
 
 from bmojo_edge.cli import options
 from bmojo_edge.cli.failures import Debug, clear_errors
-from bmojo_edge.cli.models import of_session, open_model
+from bmojo_edge.cli.models import is_default, of_session, open_model
 from bmojo_edge.cli.terminal import read_stdin
 
 if TYPE_CHECKING:
@@ -75,10 +75,12 @@ def chat(
     text = read_stdin() if prompt == "-" else prompt
     made = None  # what the file holds already was made with
     if session is not None and session.exists() and session.stat().st_size > 0:
-        from bmojo_edge.session_file import origin
+        from bmojo_edge.session_file import SessionError, origin
 
         made = origin(session)
         model, memory = of_session(session, made, model, memory)
+        if model is None and memory is None and made.model is not None and not is_default(made.model):
+            raise SessionError(f"{session}: its model is no longer at {made.model}; name it: bmojo-edge chat MODEL")
     with _model(model, memory) as lm:
         from bmojo_edge.cli.conversation import Conversation, SessionFile, answer, append_transcript, resumed, status
         from bmojo_edge.session import Session

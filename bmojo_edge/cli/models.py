@@ -52,6 +52,13 @@ def of_session(path: Path, made: Origin, model: str | None, memory: Path | None)
     return model, memory
 
 
+def is_default(folder: str) -> bool:
+    """Whether a folder is, or was on another machine, the default model's."""
+    from bmojo_convert.default import default_model_path
+
+    return Path(folder).name == default_model_path().name
+
+
 def _default_model() -> Path:
     from bmojo_convert.default import NAME, default_model_path, default_source, ensure_default_model
 

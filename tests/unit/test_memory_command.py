@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,20 @@ def test_a_session_is_bound_to_its_store(model: Path, notes: Path, tmp_path: Pat
     assert "storage is no longer at" in run("inspect", file, code=1).stderr
     run("inspect", file, "--memory", tmp_path / "three")
     assert "goes on with" not in run("chat", "--memory", tmp_path / "three", *more).stderr
+
+
+def test_a_session_whose_model_was_moved_is_refused_before_another_is_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bmojo_convert.default.ensure_default_model", None)  # calling it would fail otherwise
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "a.bmojo"
+    shutil.copytree(model, here)
+    more = ("--session", file, "--max-tokens", "4", "--prompt", "Hello")
+    run("chat", here, *more)
+    here.rename(there)
+    said = " ".join(run("chat", *more, code=1).stderr.split())
+    assert f"{file}: its model is no longer at {here}; name it: bmojo-edge chat MODEL" in said
+    run("chat", there, *more)
 
 
 @pytest.mark.parametrize("engine", ["mlx", "torch"])

@@ -11,62 +11,21 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from apps.repro.cells import EIDETIC, STATE, WINDOW, Cell, Row
+from apps.repro.cells import STATE
+from apps.repro.rows import ORDER, SLOTS, Found, best_rates, by_slots, name_of, plain, usual_recipe, usual_slots
 from apps.repro.sweep import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
-ORDER = ("transformer", "bmojo", "bmojo-f", "hybrid", "mamba", "window")
-SLOTS = (16, 32, 64, 96, 128, 192)
 KINDS = ("keys", "values", "queries", "blanks")
-Found = dict[str, Any]
 
 
 def _read(task: str) -> Found:
     return json.loads((RESULTS / f"{task}.json").read_text(encoding="utf-8"))
-
-
-def name_of(row: Row) -> str:
-    """A model as tables and legends name it: positions, an enlarged state or another number of slots are told."""
-    more = ["rotary"] if row["rotary"] else []
-    if row["d_state"] != STATE:
-        more.append(f"state {row['d_state']}" + (f", {row['expand']}x wide" if row["expand"] != 2 else ""))
-    if row["model"] == "bmojo" and row["n_eidetic"] != EIDETIC:
-        more.append(f"{row['n_eidetic']} slots")
-    return f"{row['model']} ({', '.join(more)})" if more else row["model"]
-
-
-def plain(rows: Iterable[Row]) -> list[Row]:
-    """Rows of the comparison itself, without changed options, on fresh examples."""
-    return [row for row in usual_recipe(rows) if not row["options"] and row["ssm_lr"] == 1.0]
-
-
-def usual_recipe(rows: Iterable[Row]) -> list[Row]:
-    """Rows of models with the usual window, trained on fresh examples for the usual time."""
-    usual = {"fresh": True, "window": WINDOW, "epochs": Cell.epochs}
-    return [row for row in rows if all(row[name] == value for name, value in usual.items())]
-
-
-def usual_slots(rows: Iterable[Row]) -> list[Row]:
-    """Rows of models that have the usual number of slots, or none."""
-    return [row for row in rows if row["n_eidetic"] in (0, EIDETIC)]
-
-
-def best_rates(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by cell (task, length, pairs, width, model), those of the learning rate with the best seed 0 only."""
-    cells: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        cells[row["task"], row["seq_len"], row["pairs"], row["d_model"], name_of(row)].append(row)
-    found = {}
-    for key, tried in cells.items():
-        first = [row for row in tried if row["seed"] == 0]
-        lr = max(first or tried, key=lambda row: (row["accuracy"], -row["steps"]))["lr"]
-        found[key] = sorted((row for row in tried if row["lr"] == lr), key=lambda row: row["seed"])
-    return found
 
 
 def _rows(header: list[str], rows: list[list[str]]) -> str:
@@ -101,6 +60,25 @@ def comparison(found: Found) -> str:
     return f"{_rows(header, body)}\n\n{where}; {len(found['rows'])} runs."
 
 
+def summary(found: Found) -> str:
+    """Mean accuracy of each model, the better of with and without positions, at the usual size and enlarged."""
+    best: dict[tuple[Any, ...], dict[tuple[str, bool], float]] = defaultdict(dict)
+    for key, rows in best_rates(usual_slots(plain(found["rows"]))).items():
+        of, which = best[key[:4]], (rows[0]["model"], rows[0]["d_state"] != STATE)
+        of[which] = max(mean(row["accuracy"] for row in rows), of.get(which, 0.0))
+    columns = ("bmojo", "bmojo-f", "hybrid", "mamba", "window", "transformer")
+    body = []
+    for _, length, pairs, width in sorted(best, key=lambda key: (key[1], key[3], key[2])):
+        of = best["mqar", length, pairs, width]
+        if {model for model, _ in of} == {*columns}:
+            cells = [
+                " / ".join(f"{100 * of[model, larger]:.1f}" for larger in (False, True) if (model, larger) in of)
+                for model in columns
+            ]
+            body.append([f"{length} tokens, {pairs} pairs, width {width}", *cells])
+    return _rows(["task", *columns], body)
+
+
 def memory(found: Found) -> str:
     """What each model of the comparison at 256 tokens, width 64, may remember, by kind."""
     rows = {
@@ -113,17 +91,6 @@ def memory(found: Found) -> str:
             kinds = [f"{parts[kind] / 1024:.1f}" for kind in ("ssm", "eidetic", "rings", "total")]
             body.append([name.replace("rotary, ", ""), *kinds, f"{row['params']:,}"])
     return _rows(["model", "SSM state, KiB", "eidetic", "keys and values", "all", "parameters"], body)
-
-
-def by_slots(found: Found) -> dict[str, dict[int, float]]:
-    """Accuracy of seed 0 by the number of eidetic slots, the best learning rate of each, by pairs and positions."""
-    rows = [row for row in plain(found["rows"]) if row["model"] == "bmojo" and row["seed"] == 0]
-    rows = [row for row in rows if (row["seq_len"], row["d_model"]) == (256, 64)]
-    groups: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: (-row["pairs"], not row["rotary"])):
-        of = groups[f"{row['pairs']} pairs, {'rotary' if row['rotary'] else 'no'} positions"]
-        of[row["n_eidetic"]] = max(row["accuracy"], of.get(row["n_eidetic"], 0.0))
-    return {name: of for name, of in groups.items() if len(of) > 1}
 
 
 def slots(found: Found) -> str:
@@ -182,118 +149,6 @@ def kept(found: Found) -> str:
     return _rows(header, body)
 
 
-def draw_kept(found: Found, out: Path) -> None:
-    """Which positions the best B'MOJO keeps at 64 pairs in 256 tokens, a line a test row, a panel a layer."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in usual_slots(plain(found["rows"])) if row.get("kept")]
-    rows = [row for row in rows if (row["pairs"], row["seq_len"], row["d_model"]) == (64, 256, 64)]
-    best = max(rows, key=lambda row: row["accuracy"])
-    layers, columns = best["kept"]["positions"], range(best["seq_len"])
-    figure, axes = plt.subplots(len(layers), 1, figsize=(9, 3.2), sharex=True, squeeze=False, layout="constrained")
-    for layer, (axis, examples) in enumerate(zip(axes[:, 0], layers, strict=True)):
-        start = 2 * best["pairs"]
-        for y, shown in enumerate(examples):
-            positions = [int(p) for p in shown.split()]
-            for parity, colour, name in ((0, "tab:blue", "keys"), (1, "tab:orange", "values")):
-                x = [p for p in positions if p < start and p % 2 == parity]
-                axis.scatter(x, [y] * len(x), marker="|", s=90, color=colour, label=name if y == 0 else None)
-            x = [p for p in positions if p >= start]
-            axis.scatter(x, [y] * len(x), marker="|", s=90, color="0.6", label="later tokens" if y == 0 else None)
-        axis.axvline(start - 0.5, color="0.8", linewidth=1)
-        axis.set(ylabel=f"layer {layer}\ntest row", yticks=range(len(examples)), xlim=(-1, columns[-1] + 1))
-        axis.invert_yaxis()
-    axes[0][0].legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-    axes[-1][0].set(xlabel="position of a token that the eidetic memory holds after the row")
-    figure.savefig(out, dpi=140)
-    plt.close(figure)
-
-
-def draw_memory(found: Found, out: Path) -> None:
-    """Accuracy against bytes remembered, one panel a difficulty."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
-    cells = best_rates(usual_slots(plain(found["rows"])))
-    panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[3], key[2]))
-    panels = [panel for panel in panels if len({key[4].split()[0] for key in cells if key[:4] == panel}) == len(ORDER)]
-    lines = -(-len(panels) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(10.5, 3.1 * lines), sharey=True, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for model in ORDER:
-            points: dict[float, float] = {}  # the better of with and without positions
-            for key, rows in cells.items():
-                if key[:4] == panel and rows[0]["model"] == model:
-                    x, y = rows[0]["memory_bytes"] / 1024, mean(row["accuracy"] for row in rows)
-                    points[x] = max(y, points.get(x, 0.0))
-            axis.plot(*zip(*sorted(points.items()), strict=True) if points else ((), ()), marker="o", label=model)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.set(xlabel="memory, KiB", title=f"{panel[1]} tokens, {panel[2]} pairs, width {panel[3]}")
-        axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="accuracy", ylim=(-0.02, 1.04))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(ORDER))
-    figure.savefig(out, dpi=140)
-    plt.close(figure)
-
-
-def draw_distance(found: Found, out: Path) -> None:
-    """Accuracy against the distance of a key from the question, the best run of each model at 16 and 32 pairs.
-
-    Dashed: SSM, hybrid and B'MOJO-F with B'MOJO's memory.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in usual_slots(plain(found["rows"])) if row.get("by_distance")]
-    rows = [row for row in rows if (row["seq_len"], row["d_model"]) == (256, 64)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, pairs in zip(axes, (16, 32), strict=True):
-        for number, model in enumerate(name for name in ORDER if any(row["model"] == name for row in rows)):
-            for larger, line in ((False, "-"), (True, "--")):
-                of = [row for row in rows if (row["model"], row["pairs"]) == (model, pairs)]
-                of = [row for row in of if (row["d_state"] != STATE) == larger]
-                if of:
-                    best = max(of, key=lambda row: row["accuracy"])
-                    x, asked, right = zip(*best["by_distance"], strict=True)
-                    y = [b / a for a, b in zip(asked, right, strict=True)]
-                    axis.plot(x, y, line, marker=".", color=f"C{number}", label=name_of(best))
-        for reach in (WINDOW, 4 * WINDOW):
-            axis.axvline(reach, color="0.8", linewidth=1)
-        axis.set(title=f"{pairs} pairs", xlabel="tokens between key and question")
-    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.04))
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
-    figure.savefig(out, dpi=140)
-    plt.close(figure)
-
-
-def draw_slots(found: Found, out: Path) -> None:
-    """Accuracy against the number of eidetic slots."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for number, (name, of) in enumerate(by_slots(found).items()):
-        axis.plot(*zip(*sorted(of.items()), strict=True), marker="o", label=name, color=f"C{number}")
-    axis.set(xlabel="eidetic slots", ylabel="accuracy", ylim=(-0.02, 1.04), xticks=SLOTS)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(out, dpi=140)
-    plt.close(figure)
-
-
 def tables() -> dict[str, Callable[[], str]]:
     """What stands between each pair of markers, for the files there are."""
     found = {path.stem: _read(path.stem) for path in sorted(RESULTS.glob("*.json"))}
@@ -302,6 +157,7 @@ def tables() -> dict[str, Callable[[], str]]:
         made["choices"] = lambda: choices(found["mqar"])
         made["kept"] = lambda: kept(found["mqar"])
         made["slots"] = lambda: slots(found["mqar"])
+        made["summary"] = lambda: summary(found["mqar"])
         made["memory"] = lambda: memory(found["mqar"])
         made["repeated"] = lambda: repeated(found["mqar"])
     if (RESULTS / "reach" / "mqar.json").exists():
@@ -321,12 +177,14 @@ def main() -> None:
         sys.exit(0 if new == old else f"{PAGE}: its tables are not those of the result files; run this program")
     PAGE.write_text(new, encoding="utf-8")
     if (RESULTS / "mqar.json").exists():
-        pictures = PAGE.parent / "pictures"
-        pictures.mkdir(exist_ok=True)
-        draw_memory(_read("mqar"), pictures / "recall.png")
-        draw_kept(_read("mqar"), pictures / "kept.png")
-        draw_distance(_read("mqar"), pictures / "distance.png")
-        draw_slots(_read("mqar"), pictures / "slots.png")
+        from apps.repro import pictures
+
+        out = PAGE.parent / "pictures"
+        out.mkdir(exist_ok=True)
+        pictures.draw_memory(_read("mqar"), out / "recall.png")
+        pictures.draw_kept(_read("mqar"), out / "kept.png")
+        pictures.draw_distance(_read("mqar"), out / "distance.png")
+        pictures.draw_slots(_read("mqar"), out / "slots.png")
 
 
 if __name__ == "__main__":

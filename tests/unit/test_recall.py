@@ -169,7 +169,7 @@ def test_blocks_that_are_being_chosen_are_not_replaced(tmp_path: Path, monkeypat
     found = []
     for pause in (0.0, 0.05):
         model, shape = build("torch", WINDOWED, random_weights(WINDOWED)), shape_for(WINDOWED, block=4)
-        a_block = shape.payload_bytes + shape.entry.itemsize + 4 * shape.summary_bytes
+        a_block = shape.payload_bytes + shape.entry.itemsize + 5 * shape.summary_bytes
         store = Store.create(tmp_path / str(pause), shape, identity(WINDOWED), disk_bytes=16 * a_block)
         lm = WithStorage(model, store, top_k=2, every=10, queries=3)
         read = store.read

@@ -56,8 +56,8 @@ def _table(value: Any) -> Any:
     return dict(value) if isinstance(value, tuple) else value
 
 
-def _best(rows: Iterable[Row], like: Cell, all_positions: bool = True) -> list[Cell]:
-    """`like` with the learning rate and positions that its seed 0 did best with; empty until all have been tried.
+def _best_row(rows: Iterable[Row], like: Cell, all_positions: bool) -> Row | None:
+    """Of seed 0 of a cell, the row with the best learning rate and positions; None until all have been tried.
 
     all_positions: whether both with and without must have been.
     """
@@ -66,9 +66,8 @@ def _best(rows: Iterable[Row], like: Cell, all_positions: bool = True) -> list[C
     tried = [row for row in rows if row["seed"] == 0 and all(row[name] == fields[name] for name in fields)]
     positions = POSITIONS.get(like.model, (False,)) if all_positions else {row["rotary"] for row in tried}
     if not tried or not {(row["lr"], row["rotary"]) for row in tried}.issuperset(product(RATES, positions)):
-        return []
-    best = max(tried, key=lambda row: (row["accuracy"], -row["steps"]))
-    return changed([like], lr=best["lr"], rotary=best["rotary"])
+        return None
+    return max(tried, key=lambda row: (row["accuracy"], -row["steps"]))
 
 
 def _arguments(cell: Cell) -> dict[str, Any]:
@@ -104,17 +103,12 @@ def _placed(rows: Iterable[Row], cells: Iterable[Cell]) -> list[Cell]:
         worth = {}
         for at in POSITIONS.get(cell.model, ()):
             of = [row for row in rows if row["rotary"] == at]
-            best = [_best(of, Cell(cell.model, pairs, 0), all_positions=False) for pairs in (16, 32, 64)]
+            best = [_best_row(of, Cell(cell.model, pairs, 0), all_positions=False) for pairs in (16, 32, 64)]
             if all(best):
-                worth[at] = sum(_accuracy(of, *one) for one in best)
+                worth[at] = sum(row["accuracy"] for row in best if row)
         if len(worth) == len(POSITIONS.get(cell.model, ())):
             found += changed([cell], rotary=bool(worth) and max(worth, key=worth.__getitem__))
     return found
-
-
-def _accuracy(rows: Iterable[Row], cell: Cell) -> float:
-    (row,) = [row for row in rows if all(row[name] == value for name, value in cell.key().items())]
-    return row["accuracy"]
 
 
 def _equal_memory(cell: Cell) -> Cell:
@@ -131,7 +125,8 @@ def _rates(cells: Iterable[Cell]) -> list[Cell]:
 def _tried(rows: Iterable[Row], cells: Iterable[Cell], all_positions: bool = True) -> list[Cell]:
     """The best of each model that has been tried with all learning rates and, or with some, positions."""
     rows = list(rows)
-    found = [best for cell in cells for best in _best(rows, cell, all_positions)]
+    best = [(cell, _best_row(rows, cell, all_positions)) for cell in cells]
+    found = [other for cell, row in best if row for other in changed([cell], lr=row["lr"], rotary=row["rotary"])]
     return list(dict.fromkeys(found))  # one, however many positions it was asked for
 
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from apps.repro import cells, sweep  # noqa: E402
 from apps.repro.inside import by_distance, what_is_kept  # noqa: E402
-from apps.repro.ledger import Ledger  # noqa: E402
+from apps.repro.ledger import Ledger, missing  # noqa: E402
 from apps.repro.models import MAX_STATES, MODELS, config_of, matching_state, memory_bytes  # noqa: E402
 from apps.repro.tasks import IGNORED, TASKS  # noqa: E402
 from apps.repro.training import Questions, Recipe, Run, _queries, groups, questions, schedule, train_together  # noqa: E402
@@ -200,6 +200,16 @@ def test_a_stage_may_ask_for_more_epochs() -> None:
     small = [{**row, "train": 64, "epochs": 2, "batch": 8} for row in rows]
     assert {cell.epochs for cell in sweep.planned("longer", small, args)} == {8}
     assert not sweep.planned("longer", rows, args)  # those were another recipe's
+
+
+def test_every_stage_is_planned_for_another_recipe() -> None:
+    args = argparse.Namespace(train=64, epochs=2, batch=8, repeated=True, model=list(MODELS), d_state=None)
+    rows: list[dict[str, Any]] = []
+    for stage in cells.STAGES:  # each with the rows of those before it, as a sweep finds them
+        found = sweep.planned(stage, rows, args)
+        assert found, stage
+        assert all((cell.train, cell.batch, cell.fresh) == (64, 8, False) for cell in found)
+        rows += as_if_run(missing(found, rows), lr=3e-3, rotary=True)
 
 
 def test_answers_by_distance() -> None:

@@ -81,15 +81,12 @@ def summary(found: Found) -> str:
 
 def memory(found: Found) -> str:
     """What each model of the comparison at 256 tokens, width 64, may remember, by kind."""
-    rows = {
-        name_of(row): row for row in usual_slots(plain(found["rows"])) if (row["seq_len"], row["d_model"]) == (256, 64)
-    }
+    rows = [row for row in usual_slots(plain(found["rows"])) if (row["seq_len"], row["d_model"]) == (256, 64)]
+    named = {name_of({**row, "rotary": False}): row for row in rows}  # positions take no memory
     body = []
-    for name in sorted(rows, key=lambda name: (ORDER.index(rows[name]["model"]), rows[name]["memory_bytes"])):
-        parts, row = rows[name]["memory"], rows[name]
-        if not row["rotary"] or row["d_state"] != STATE:  # positions take no memory
-            kinds = [f"{parts[kind] / 1024:.1f}" for kind in ("ssm", "eidetic", "rings", "total")]
-            body.append([name.replace("rotary, ", ""), *kinds, f"{row['params']:,}"])
+    for name, row in sorted(named.items(), key=lambda item: (ORDER.index(item[1]["model"]), item[1]["memory_bytes"])):
+        kinds = [f"{row['memory'][kind] / 1024:.1f}" for kind in ("ssm", "eidetic", "rings", "total")]
+        body.append([name, *kinds, f"{row['params']:,}"])
     return _rows(["model", "SSM state, KiB", "eidetic", "keys and values", "all", "parameters"], body)
 
 
@@ -101,13 +98,11 @@ def slots(found: Found) -> str:
 
 def reach(found: Found) -> str:
     """How far back B'MOJO-F answers, by its fading length, in the small runs made for this."""
-    rows = found["rows"]
     body = []
-    for row in sorted(rows, key=lambda row: row["options"]["n_fading"]):
-        n, shares = row["options"]["n_fading"], {d: right / asked for d, asked, right in row["by_distance"]}
-        cells = [f"{100 * share:.0f}" for _, share in sorted(shares.items())]
-        body.append([str(n), str(2 * (row["window"] + n)), f"{100 * row['accuracy']:.1f}", *cells])
-    distances = sorted(d for d, _, _ in rows[0]["by_distance"])
+    for row in sorted(found["rows"], key=lambda row: row["options"]["n_fading"]):
+        n, shares = row["options"]["n_fading"], [f"{100 * right / asked:.0f}" for _, asked, right in row["by_distance"]]
+        body.append([str(n), str(2 * (row["window"] + n)), f"{100 * row['accuracy']:.1f}", *shares])
+    distances = [distance for distance, _, _ in found["rows"][0]["by_distance"]]
     header = ["fading", "reach", "accuracy %", *(f"from {d:g}" for d in distances)]
     return f"{_rows(header, body)}\n\n{found['machine']}, torch {found['versions']['torch']}."
 

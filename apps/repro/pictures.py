@@ -17,7 +17,6 @@ from apps.repro.rows import ORDER, SLOTS, Found, best_rates, by_slots, name_of, 
 
 def draw_kept(found: Found, out: Path) -> None:
     """Which positions the best B'MOJO keeps at 64 pairs in 256 tokens, a line a test row, a panel a layer."""
-
     rows = [row for row in usual_slots(plain(found["rows"])) if row.get("kept")]
     rows = [row for row in rows if (row["pairs"], row["seq_len"], row["d_model"]) == (64, 256, 64)]
     best = max(rows, key=lambda row: row["accuracy"])
@@ -43,7 +42,6 @@ def draw_kept(found: Found, out: Path) -> None:
 
 def draw_memory(found: Found, out: Path) -> None:
     """Accuracy against bytes remembered, one panel a difficulty."""
-
     cells = best_rates(usual_slots(plain(found["rows"])))
     panels = sorted({key[:4] for key in cells}, key=lambda key: (key[1], key[3], key[2]))
     panels = [panel for panel in panels if len({key[4].split()[0] for key in cells if key[:4] == panel}) == len(ORDER)]
@@ -74,7 +72,6 @@ def draw_distance(found: Found, out: Path) -> None:
 
     Dashed: SSM, hybrid and B'MOJO-F with B'MOJO's memory.
     """
-
     rows = [row for row in usual_slots(plain(found["rows"])) if row.get("by_distance")]
     rows = [row for row in rows if (row["seq_len"], row["d_model"]) == (256, 64)]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
@@ -99,7 +96,6 @@ def draw_distance(found: Found, out: Path) -> None:
 
 def draw_slots(found: Found, out: Path) -> None:
     """Accuracy against the number of eidetic slots."""
-
     figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     for number, (name, of) in enumerate(by_slots(found).items()):
         axis.plot(*zip(*sorted(of.items()), strict=True), marker="o", label=name, color=f"C{number}")

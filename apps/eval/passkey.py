@@ -363,6 +363,8 @@ def main() -> None:
         return
     if args.books is None:
         parser.error("BOOKS is missing")
+    if args.steps < STEPS:
+        parser.error(f"--steps: at least a turn of {STEPS}, got {args.steps}")
     if args.model is None:
         from bmojo_convert.default import ensure_default_model
 
